@@ -1,0 +1,1 @@
+"""Models assembled from mixers; nothing here knows a mixer by name."""

@@ -1,0 +1,220 @@
+"""Decoder language model: embedding, blocks of any two mixers, norm, tied output head."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxmem.backbones.block import Block
+from jaxmem.errors import ConfigError, ShapeError
+from jaxmem.mixers.base import Form, MixerConfig
+from jaxmem.nn.cache import continued
+from jaxmem.nn.init import gpt2_init
+from jaxmem.nn.layers import Embedding, LayerNorm, dropout
+from jaxmem.ops.segments import last_real, positions_in_segment, spans
+from jaxmem.shapes import RowInts, SegmentIds, Tokens, TokensAt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder: how wide, how deep, and what stands in the two slots of its blocks."""
+
+    vocab_size: int = 0
+    """Tokens of the vocabulary; 0 takes the size from the tokenizer."""
+    context_len: int = 64
+    """Tokens per training window; with learned positions also the longest context."""
+    dim: int = 128
+    """Width of the residual stream."""
+    depth: int = 4
+    """Number of blocks."""
+    mixer: MixerConfig
+    """First slot of each block: what looks at other tokens."""
+    feed_forward: MixerConfig
+    """Second slot of each block."""
+    positions: Literal["none", "learned"] = "none"
+    """Learned absolute positions (GPT), or none (Memory Mosaics)."""
+    use_bias: bool = False
+    """Biases in the layer norms."""
+    dropout: float = 0.0
+    """Dropout of the embeddings."""
+
+    def __post_init__(self) -> None:
+        """Check sizes and that both slots can be built at this width."""
+        for field in ("context_len", "dim", "depth"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"model.{field}={getattr(self, field)} is not positive.")
+        if self.vocab_size < 0:
+            raise ConfigError(
+                f"model.vocab_size={self.vocab_size}. Use 0 for the tokenizer's size."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout={self.dropout} is not in [0, 1).")
+        self.mixer.check(self.dim, "model.mixer")
+        self.feed_forward.check(self.dim, "model.feed_forward")
+
+
+class DecoderState(NamedTuple):
+    """States of all blocks, and each row's place in its document."""
+
+    blocks: tuple[tuple[Any, Any], ...]
+    position: RowInts
+    """Tokens of the current document seen so far."""
+    segment: RowInts
+    """Document of the row's last token, 0 before any."""
+
+
+class DecoderOutput(NamedTuple):
+    """What a call of a decoder returns."""
+
+    logits: Array
+    """[B T X], or [B X] from `step`; unspecified but finite at padded tokens."""
+    state: DecoderState | None
+    aux: dict[str, Array]
+
+
+class Decoder(nnx.Module):
+    """logits = norm(blocks(embed(tokens) + position)) · embed^T.
+
+    nanoMosaics is contextual memory + persistent memory without positions; nanoGPT is multi-head
+    attention + MLP with learned positions.
+
+    Args:
+      config: sizes and slots; `vocab_size` must be set by now.
+      rngs: source of the initial parameters.
+      compute_dtype: dtype of the activations; parameters are float32.
+
+    Raises:
+      ConfigError: `vocab_size` is still 0.
+
+    Reference: nanoMosaics `MemoryMosaic`; nanoGPT `GPT`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: jnp.dtype = jnp.float32
+    ):
+        if config.vocab_size == 0:
+            raise ConfigError(
+                "model.vocab_size is 0, which means the tokenizer's size. "
+                "Replace it with a number before building a Decoder by hand."
+            )
+        self.config = config
+        self.compute_dtype = compute_dtype
+        init = gpt2_init(config.depth)
+        self.embedding = Embedding(config.vocab_size, config.dim, init=init.embedding, rngs=rngs)
+        self.position = (
+            Embedding(config.context_len, config.dim, init=init.embedding, rngs=rngs)
+            if config.positions == "learned"
+            else None
+        )
+        self.blocks = nnx.List(
+            Block(
+                config.mixer,
+                config.feed_forward,
+                config.dim,
+                use_bias=config.use_bias,
+                init=init,
+                rngs=rngs,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(config.dim, use_bias=config.use_bias)
+
+    def init_state(
+        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+    ) -> DecoderState:
+        """Return the state before any token, for `max_len` (default `context_len`) per row."""
+        max_len = self.config.context_len if max_len is None else max_len
+        dtype = self.compute_dtype if dtype is None else dtype
+        blocks = tuple(b.init_state(batch, max_len=max_len, dtype=dtype) for b in self.blocks)
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return DecoderState(blocks, zeros, zeros)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: DecoderState | None = None,
+        *,
+        segment_ids: SegmentIds | None = None,
+        positions: SegmentIds | None = None,
+        rngs: nnx.Rngs | None = None,
+        form: Form | None = None,
+    ) -> DecoderOutput:
+        """Predict the successor of every token.
+
+        Args:
+          tokens: indices into the vocabulary.
+          state: history from `init_state` or an earlier call; None: none, and none is returned.
+          segment_ids: document of each token, 0 for padding; None: all tokens continue the row's
+            document.
+          positions: place of each token in its document; None: counted, on from the state.
+          rngs: source of dropout masks; None is evaluation.
+          form: how the mixers run a sequence; None: as each is configured.
+
+        Raises:
+          ShapeError: a row is longer than the learned positions. A row whose state grows beyond
+            them, or beyond `max_len`, gets NaN logits.
+        """
+        counted, state_after = self._count(tokens, state, segment_ids)
+        positions = counted if positions is None else positions
+        x = self._embed(tokens, positions)
+        x = dropout(x, self.config.dropout, rngs)
+        aux: dict[str, Array] = {}
+        states = []
+        for number, block in enumerate(self.blocks):
+            out = block(
+                x,
+                None if state is None else state.blocks[number],
+                segment_ids=segment_ids,
+                positions=positions,
+                rngs=rngs,
+                form=form,
+            )
+            x = out.y
+            states.append(out.state)
+            aux |= {f"{name}/block_{number}": value for name, value in out.aux.items()}
+        logits = self.embedding.logits(self.norm(x))
+        if state_after is not None:
+            state_after = state_after._replace(blocks=tuple(states))
+        return DecoderOutput(logits, state_after, aux)
+
+    def step(
+        self, tokens: TokensAt, state: DecoderState, *, segment_ids: TokensAt | None = None
+    ) -> DecoderOutput:
+        """Predict the successor of one token per row."""
+        ids = None if segment_ids is None else segment_ids[:, None]
+        out = self(tokens[:, None], state, segment_ids=ids, form="parallel")
+        return out._replace(logits=out.logits[:, 0])
+
+    def _count(
+        self, tokens: Tokens, state: DecoderState | None, segment_ids: SegmentIds | None
+    ) -> tuple[SegmentIds, DecoderState | None]:
+        """Return the place of each token in its document, and the state with its counters moved."""
+        if state is None and segment_ids is None:
+            return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None
+        start = None if state is None else state.position
+        segment = None if state is None else state.segment
+        ids = segment_ids
+        if segment is not None:
+            ids = continued(segment_ids, segment, tokens.shape[1])
+        rows = spans(ids, segment)
+        places = positions_in_segment(rows, start)
+        if state is None:
+            return places, None
+        return places, state._replace(
+            position=last_real(places + 1, rows.valid, state.position),
+            segment=last_real(ids, rows.valid, state.segment),
+        )
+
+    def _embed(self, tokens: Tokens, positions: SegmentIds) -> Array:
+        x = self.embedding(tokens, dtype=self.compute_dtype)
+        if self.position is None:
+            return x
+        longest = self.config.context_len
+        if tokens.shape[1] > longest:
+            raise ShapeError(
+                f"A row of {tokens.shape[1]} tokens is longer than the {longest} learned positions "
+                f"(model.context_len). Cut the row, or train with a larger context_len."
+            )
+        return x + self.position(positions, dtype=self.compute_dtype)

@@ -1,0 +1,74 @@
+"""The plain feed-forward layer, a mixer with an empty state."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmem.errors import ConfigError
+from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
+from jaxmem.nn.init import Init
+from jaxmem.nn.layers import Linear, dropout
+from jaxmem.ops.dispatch import Implementation
+from jaxmem.shapes import Activations, SegmentIds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig(MixerConfig):
+    """Two projections with a GELU between them."""
+
+    paper: ClassVar[str] = "Radford et al. 2019 (GPT-2)"
+    parity: ClassVar[str] = "golden: nanoGPT's and Library's GPT"
+
+    hidden_mult: int = 4
+    """Hidden width as a multiple of the model width."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Exact GELU (nanoGPT) or its tanh approximation (Library, GPT-2)."""
+    dropout: float = 0.0
+    """Dropout of the output."""
+    use_bias: bool = False
+    """Biases in the projections."""
+
+    def check(self, dim: int, path: str) -> None:
+        """Raise ConfigError unless the hidden width is positive."""
+        if self.hidden_mult < 1:
+            raise ConfigError(f"{path}.hidden_mult={self.hidden_mult} is not positive. Use 4.")
+
+
+@register("mlp", MLPConfig)
+class MLP(Mixer):
+    """y = W_2 gelu(W_1 x), token by token.
+
+    Reference: nanoGPT `MLP`.
+    """
+
+    config: MLPConfig
+
+    def __init__(self, config: MLPConfig, dim: int, *, init: Init, rngs: nnx.Rngs):
+        super().__init__(config, dim, init=init, rngs=rngs)
+        hidden = config.hidden_mult * dim
+        self.up = Linear(dim, hidden, use_bias=config.use_bias, init=init.weight, rngs=rngs)
+        self.down = Linear(hidden, dim, use_bias=config.use_bias, init=init.residual, rngs=rngs)
+
+    def init_state(
+        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+    ) -> tuple[()]:
+        """Return the empty state."""
+        return ()
+
+    def mix(
+        self,
+        x: Activations,
+        state: tuple[()] | None,
+        *,
+        segment_ids: SegmentIds | None,
+        positions: SegmentIds | None,
+        rngs: nnx.Rngs | None,
+        implementation: Implementation,
+    ) -> MixerOutput:
+        """Apply the layer to every token."""
+        hidden = jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh")
+        y = dropout(self.down(hidden), self.config.dropout, rngs)
+        return MixerOutput(y, state, {})

@@ -1,0 +1,1 @@
+"""Small NNX layers that mixers and backbones share."""

@@ -1,0 +1,74 @@
+"""Projection, layer norm, embedding and dropout; each computes in the dtype of its input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+from jaxtyping import Float, Int, Shaped
+
+from jaxmem.ops.attention import Dropout
+from jaxmem.ops.norms import layer_norm
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W (inputs, outputs) cast to the dtype of x.
+
+    The parameters stay float32 under a bfloat16 policy because the activations decide the dtype.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, use_bias: bool, init: Initializer, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Apply the projection on the last axis."""
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with eps 1e-5 and optional bias; statistics in float32."""
+
+    def __init__(self, dim: int, *, use_bias: bool):
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        return layer_norm(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class Embedding(nnx.Module):
+    """A table of vectors: looked up by index, or used transposed as a tied output head."""
+
+    def __init__(self, size: int, dim: int, *, init: Initializer, rngs: nnx.Rngs):
+        self.table = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
+
+    def __call__(
+        self, index: Int[Array, "..."], *, dtype: jnp.dtype = jnp.float32
+    ) -> Float[Array, "... D"]:
+        """Look vectors up; an index beyond the table gives NaN, never a neighbour's vector."""
+        return self.table[...].at[index].get(mode="fill", fill_value=jnp.nan).astype(dtype)
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... X"]:
+        """Return x · table^T, accumulated in float32 or wider."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        table = self.table[...].astype(x.dtype)
+        return jnp.einsum("...d,xd->...x", x, table, preferred_element_type=wide)
+
+
+def dropout(x: Shaped[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Shaped[Array, "..."]:
+    """Zero entries with probability `rate` and scale the rest; rngs None means evaluation."""
+    if rngs is None or rate == 0.0:
+        return x
+    keep = 1.0 - rate
+    kept = jax.random.bernoulli(rngs.dropout(), keep, x.shape)
+    return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+def weight_dropout(rate: float, rngs: nnx.Rngs | None) -> Dropout | None:
+    """Return the dropout of attention weights for an op, or None in evaluation."""
+    return None if rngs is None or rate == 0.0 else Dropout(rate, rngs.dropout())

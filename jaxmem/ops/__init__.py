@@ -1,0 +1,1 @@
+"""Pure functions on arrays: references, XLA forms and the choice between implementations."""

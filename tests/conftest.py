@@ -1,0 +1,22 @@
+"""Set the platform up before JAX is imported, and check every annotated shape."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight fake devices for the sharding tests. Compilation is the cost of this suite, and level 0
+# halves it; nothing here is a timing.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_default_matmul_precision", "highest")
+install_import_hook(
+    ["jaxmem.ops", "jaxmem.nn", "jaxmem.mixers", "jaxmem.backbones"], "beartype.beartype"
+)
