@@ -1,0 +1,56 @@
+"""What to train on, as a frozen dataclass; importing this module costs nothing."""
+
+import dataclasses
+from typing import Literal
+
+from jaxmem.errors import ConfigError, unknown_name
+
+Sampling = Literal["windows", "packed"]
+SOURCES = ("auto", "corpus", "text", "tokens")
+TFDS_PREFIX = "tfds:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text or tokens, how they become ids, and how sequences are drawn from them."""
+
+    source: str = "auto"
+    """auto, corpus (Shakespeare's plays, extra `corpus`), text, tokens, or tfds:NAME[/CONFIG].
+
+    auto takes the corpus when there is no path, a token array for .bin, .npy and folders that
+    hold train.bin, and text for everything else."""
+
+    path: str | None = None
+    """Text file, folder of .txt/.md files, token array; with tfds:NAME the TFDS data folder."""
+
+    tokenizer: str = "char"
+    """char, byte, gpt2 (extra `corpus`), or the path of a tokenizer.json."""
+
+    batch_size: int = 12
+    """Sequences per update, summed over all devices and processes."""
+
+    sampling: Sampling = "windows"
+    """windows: uniformly random windows of the text; packed: whole documents, packed into rows."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without touching the disk."""
+        if not self.source.startswith(TFDS_PREFIX) and self.source not in SOURCES:
+            raise unknown_name("data.source", self.source, (*SOURCES, f"{TFDS_PREFIX}NAME"))
+        if self.source == TFDS_PREFIX:
+            raise ConfigError(
+                f"data.source is {TFDS_PREFIX!r}, expected a TFDS name after the colon. "
+                "Write for example tfds:tiny_shakespeare."
+            )
+        if self.source in ("text", "tokens") and self.path is None:
+            raise ConfigError(
+                f"data.source={self.source} needs a path, found none. Give --data.path."
+            )
+        if self.source == "corpus" and self.path is not None:
+            raise ConfigError(
+                f"data.source=corpus takes no path, found data.path={self.path!r}. "
+                "Drop the path, or use --data.source auto to read it."
+            )
+        if self.batch_size < 1:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}, expected at least 1. Give a positive number."
+            )

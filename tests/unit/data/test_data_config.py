@@ -1,0 +1,44 @@
+"""What DataConfig accepts, and what importing it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxmem.data.config import DataConfig
+from jaxmem.errors import ConfigError, UnknownName
+
+
+@pytest.mark.parametrize("source", ["auto", "corpus", "tfds:tiny_shakespeare", "tfds:a/b"])
+def test_sources_that_need_no_path(source):
+    assert DataConfig(source=source).source == source
+
+
+def test_misspelt_source_names_the_nearest():
+    with pytest.raises(UnknownName, match="Did you mean corpus"):
+        DataConfig(source="corpsu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"source": "text"}, "--data.path"),
+        ({"source": "tokens"}, "--data.path"),
+        ({"source": "corpus", "path": "a.txt"}, "takes no path"),
+        ({"source": "tfds:"}, "tfds:tiny_shakespeare"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_impossible_settings(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        DataConfig(**fields)
+
+
+def test_importing_the_pipeline_loads_no_heavy_package():
+    code = (
+        "import sys, jaxmem.data.pipeline; "
+        "print([m for m in ('jax', 'grain', 'tensorflow_datasets', 'tokenizers', 'tensorflow') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
