@@ -1,0 +1,196 @@
+"""Parameters by the names and layouts of original checkpoints, both ways.
+
+A family file states a `Names` table: for each parameter of ours, the original's name and layout.
+Layouts only move entries, so the same table turns our gradients into the original's gradients.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmem.errors import CheckpointMismatch
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Layout(NamedTuple):
+    """How an original array relates to ours; the two functions are inverse to each other."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_original: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda a: a, lambda a: a)
+TRANSPOSED = Layout(np.transpose, np.transpose)
+"""(out, in) weights of the original, (in, out) here."""
+PER_HEAD = Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+"""(1, H, 1, 1) of the original, (H,) here."""
+BANKS = Layout(lambda a: a[:, 0], lambda a: a[:, None])
+"""(R, 1, H, P, K) of the original, (R, H, P, K) here."""
+
+
+class Origin(NamedTuple):
+    """Where a parameter comes from."""
+
+    name: str
+    """Dotted name in the original; `{n}` stands for a layer number."""
+    layout: Layout = SAME
+
+
+@dataclass(frozen=True)
+class Names:
+    """The original names of a module's parameters, or of a part of it.
+
+    A table may list parameters that a configuration lacks, such as biases: what counts is what the
+    module has.
+    """
+
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Dotted path of our parameter, `{n}` for a layer number -> origin."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second name of a tied tensor -> first name."""
+    constants: tuple[str, ...] = ()
+    """Regular expressions of buffers that the original saves but never trains."""
+
+    def under(self, original: str, path: str) -> "Names":
+        """Return the same table for a part that stands at `path` here and `original` there."""
+        return Names(
+            {
+                f"{path}.{ours}": Origin(f"{original}.{origin.name}", origin.layout)
+                for ours, origin in self.origins.items()
+            },
+            {f"{original}.{a}": f"{original}.{b}" for a, b in self.aliases.items()},
+            tuple(
+                rf"{re.escape(original).replace(re.escape('{n}'), '[0-9]+')}\.{constant}"
+                for constant in self.constants
+            ),
+        )
+
+    def __or__(self, other: "Names") -> "Names":
+        return Names(
+            {**self.origins, **other.origins},
+            {**self.aliases, **other.aliases},
+            self.constants + other.constants,
+        )
+
+    def origin(self, path: str) -> Origin:
+        """Return the origin of one parameter, with its layer number filled in.
+
+        Raises:
+          CheckpointMismatch: the table does not list the parameter.
+        """
+        layer = _LAYER.search(path)
+        pattern = path if layer is None else _LAYER.sub("{n}", path, count=1)
+        if pattern not in self.origins:
+            raise CheckpointMismatch(
+                f"Parameter {path} has no original name in this mapping. "
+                "Use the mapping of the family that the module belongs to."
+            )
+        name, layout = self.origins[pattern]
+        return Origin(name if layer is None else name.replace("{n}", layer[0]), layout)
+
+    def is_constant(self, name: str) -> bool:
+        """Say whether an original name is a constant buffer."""
+        return any(re.fullmatch(pattern, name) for pattern in self.constants)
+
+
+def linear(original: str, path: str) -> Names:
+    """Return the names of a projection; originals store the weight as (out, in)."""
+    return Names(
+        {
+            f"{path}.kernel": Origin(f"{original}.weight", TRANSPOSED),
+            f"{path}.bias": Origin(f"{original}.bias"),
+        }
+    )
+
+
+def layer_norm(original: str, path: str) -> Names:
+    """Return the names of a layer norm."""
+    return Names(
+        {
+            f"{path}.weight": Origin(f"{original}.weight"),
+            f"{path}.bias": Origin(f"{original}.bias"),
+        }
+    )
+
+
+def to_ours(
+    names: Names, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Turn arrays by original name into arrays by our path, in the order and shapes of `shapes`.
+
+    Raises:
+      CheckpointMismatch: names are missing, unknown or misshapen, or tied tensors differ; the
+        message lists all of them.
+    """
+    wanted = {path: names.origin(path) for path in shapes}
+    missing = [origin.name for origin in wanted.values() if origin.name not in arrays]
+    known = {origin.name for origin in wanted.values()} | set(names.aliases)
+    unknown = [name for name in arrays if name not in known and not names.is_constant(name)]
+    misshapen = []
+    for path, (name, layout) in wanted.items():
+        expected = layout.to_original(np.empty(shapes[path], np.bool_)).shape
+        if name in arrays and arrays[name].shape != expected:
+            misshapen.append(f"{name} {arrays[name].shape} instead of {expected}")
+    untied = [
+        f"{alias} and {name}"
+        for alias, name in names.aliases.items()
+        if alias in arrays and name in arrays and not np.array_equal(arrays[alias], arrays[name])
+    ]
+    found = {
+        "missing": missing,
+        "unknown": unknown,
+        "misshapen": misshapen,
+        "tied but unequal": untied,
+    }
+    if any(found.values()):
+        listed = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in found.items() if items)
+        raise CheckpointMismatch(
+            f"The weights do not fit the model. {listed}. "
+            "Give the model the sizes, depth and biases of the weights."
+        )
+    return {path: layout.to_ours(arrays[name]) for path, (name, layout) in wanted.items()}
+
+
+def to_original(names: Names, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Turn arrays by our path (parameters or gradients) into arrays by first original name."""
+    origins = {path: names.origin(path) for path in values}
+    return {
+        name: np.ascontiguousarray(layout.to_original(np.asarray(values[path])))
+        for path, (name, layout) in origins.items()
+    }
+
+
+def import_params(module: nnx.Module, arrays: Mapping[str, np.ndarray], names: Names) -> None:
+    """Set every parameter of `module` from arrays by original name, cast to its dtype.
+
+    Constant buffers are ignored; a tied tensor under its second name is checked and dropped.
+
+    Raises:
+      CheckpointMismatch: see `to_ours`; the module is then unchanged.
+    """
+    params = _params(module)
+    values = to_ours(names, arrays, {path: param.shape for path, param in params.items()})
+    for path, param in params.items():
+        param[...] = jnp.asarray(values[path], param.dtype)
+
+
+def export_params(module: nnx.Module, names: Names) -> dict[str, np.ndarray]:
+    """Return the parameters of `module` by original name, tied tensors under each of their names.
+
+    Raises:
+      CheckpointMismatch: the module has a parameter that the mapping does not list.
+    """
+    arrays = to_original(names, {path: param[...] for path, param in _params(module).items()})
+    return arrays | {alias: arrays[name] for alias, name in names.aliases.items()}
+
+
+def _params(module: nnx.Module) -> dict[str, nnx.Param]:
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): param for path, param in flat}

@@ -1,0 +1,190 @@
+"""The stored golden files pass, and the runner fails when it must."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.golden import adapters, check
+from tests.golden.adapters import memory_mosaics
+
+DATA = Path(__file__).parent / "data"
+FILES = check.find_files([DATA], "")
+Edit = Callable[[dict[str, np.ndarray]], None]
+
+
+@pytest.mark.parametrize("precision", check.LIMITS)
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_stored_file_passes(path: Path, precision: check.Precision):
+    result = check.check_file(path, precision)
+    assert result.verdict == "passed", result.reason
+
+
+def test_every_kind_of_module_is_stored_once():
+    modules = [adapters.load(path).meta["module"] for path in FILES]
+    for pattern, _ in memory_mosaics.KINDS:
+        assert any(re.search(pattern, module) for module in modules), pattern
+    assert sum(path.stat().st_size for path in FILES) < 6_000_000
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Edit], check.Result]:
+    """Return a function that changes a small golden file and checks it."""
+
+    def run(edit: Edit) -> check.Result:
+        small = next(p for p in FILES if "value extractor" in adapters.load(p).meta["module"])
+        with np.load(small) as data:
+            arrays = dict(data)
+        edit(arrays)
+        np.savez(tmp_path / "changed.npz", **arrays)
+        return check.check_file(tmp_path / "changed.npz", "float64")
+
+    return run
+
+
+def test_unchanged_copy_passes_although_its_folder_names_no_system(edited):
+    assert edited(lambda arrays: None).verdict == "passed"
+
+
+@pytest.mark.parametrize("key", ["output/y", "grad/x", "grad/coef"])
+def test_perturbed_result_fails(edited, key: str):
+    def perturb(arrays: dict[str, np.ndarray]) -> None:
+        arrays[key].flat[3 % arrays[key].size] += 3e-6 * np.max(np.abs(arrays[key]))
+
+    result = edited(perturb)
+    assert result.verdict == "failed"
+    assert result.reason.startswith(f"{key} 3.0e-06 > 1e-06")
+
+
+def test_parameter_that_is_missing_fails_with_its_name(edited):
+    result = edited(lambda arrays: arrays.pop("param/W_v.weight"))
+    assert result.verdict == "failed"
+    assert "CheckpointMismatch" in result.reason
+    assert "missing: W_v.weight" in result.reason
+    assert "Traceback" in result.trace
+
+
+def test_result_that_is_not_computed_fails(edited):
+    result = edited(lambda arrays: arrays.update({"output/z": np.ones(3, np.float32)}))
+    assert result.verdict == "failed"
+    assert "output/z inf > 1e-06 (not computed)" in result.reason
+
+
+def test_file_without_results_fails(edited):
+    def strip(arrays: dict[str, np.ndarray]) -> None:
+        for key in [k for k in arrays if k.startswith(("output/", "grad/"))]:
+            del arrays[key]
+
+    assert "no output/* or grad/*" in edited(strip).reason
+
+
+def test_limit_below_the_error_fails(edited, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(check.LIMITS, "float64", check.Limits(1e-12, 1e-12))
+    assert edited(lambda arrays: None).verdict == "failed"
+
+
+def test_worst_implementation_counts():
+    want = {"output/y": np.ones(4)}
+    runs = [{"output/y": np.ones(4)}, {"output/y": np.full(4, 1.5)}]
+    result = check.compare("f", want, runs, {"output/y": check.Criterion(check.largest, 1e-6)})
+    assert (result.verdict, result.outputs.error) == ("failed", 0.5)
+
+
+def test_decay_groups_and_optimiser_are_checked(tmp_path: Path):
+    run = next(path for path in FILES if "optimizer" in adapters.load(path).meta)
+    with np.load(run) as data:
+        arrays = dict(data)
+    meta = json.loads(str(arrays["meta"]))
+    moved = meta["decayed"].pop()
+    arrays["meta"] = np.array(json.dumps(meta))
+    np.savez(tmp_path / "moved.npz", **arrays)
+    assert moved in check.check_file(tmp_path / "moved.npz", "float64").reason
+
+
+def test_unknown_module_is_unsupported_and_not_a_success(
+    edited, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    unknown = np.array(json.dumps({"module": "somebody's unheard-of memory"}))
+    assert edited(lambda arrays: arrays.update(meta=unknown)).verdict == "unsupported"
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):  # main sets them
+        monkeypatch.setenv(name, "")
+    assert check.main([str(tmp_path), "--jobs", "1"]) == 1
+    assert capsys.readouterr().out.endswith("0 passed, 0 failed, 1 unsupported\n")
+
+
+def test_command_line_runs_files_in_workers():
+    names = [path.stem for path in sorted(FILES, key=lambda path: path.stat().st_size)[:2]]
+    only = f"^({'|'.join(names)})$"
+    command = [sys.executable, "-m", "tests.golden.check", str(DATA), "--only", only]
+    done = subprocess.run(command, cwd=DATA.parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "2 passed, 0 failed, 0 unsupported"
+    assert [line.split()[0].split("/")[1] for line in lines[1:-1]] == sorted(names)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], [str(DATA), "--only", "^nothing$"]])
+def test_nothing_to_check_is_a_usage_error(arguments: list[str]):
+    with pytest.raises(SystemExit) as stop:
+        check.main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (check.largest, 0.5 / 4),
+        (check.frobenius, 0.5 / 5),
+        (check.at_least_one, 0.5 / 4),
+        (check.absolute, 0.5),
+        (partial(check.per_entry, floor=1.0), 0.5 / 4),
+    ],
+    ids=["largest", "frobenius", "at_least_one", "absolute", "per_entry"],
+)
+def test_measures(measure: check.Measure, expected: float):
+    want = np.array([3.0, -4.0])
+    assert check.error(np.array([3.5, -4.0]), want, measure) == pytest.approx(expected)
+
+
+def test_error_of_zeros_is_absolute():
+    assert check.error(np.full(3, 1e-3), np.full(3, 1e-17), check.largest) == pytest.approx(1e-3)
+
+
+def test_error_of_small_arrays_is_measured_against_one_where_a_system_says_so():
+    assert check.error(np.array([0.3]), np.array([0.1]), check.at_least_one) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (np.array([np.nan]), np.array([1.0])),
+        (np.array([np.inf]), np.array([np.inf])),
+        (np.ones((1, 3)), np.ones(3)),
+        (np.array([1, 3]), np.array([1, 2])),
+    ],
+    ids=["nan", "inf", "shape", "integers"],
+)
+def test_error_is_infinite(got: np.ndarray, want: np.ndarray):
+    assert check.error(got, want, check.largest) == math.inf
+
+
+def test_exemptions_need_the_kind_of_file_and_float32():
+    key = "grad/leaky_beta"
+
+    def limit(precision: check.Precision, **parts: object) -> float:
+        meta = {"module": "leaky average"} | parts
+        arrays = {"param/leaky_beta": np.array(meta.pop("beta"))}
+        return check.criterion("memory_mosaics", key, precision, meta, arrays).limit
+
+    assert limit("float32", beta=[0.05, 2.0]) == 1e-3
+    assert limit("float32", beta=[0.0, -0.5]) == 1e-3
+    assert limit("float64", beta=[0.0, 2.0]) == 1e-6
+    assert limit("float32", beta=[0.05, 0.5]) == 5e-5
+    assert limit("float32", beta=[0.0], module="another") == 5e-5
