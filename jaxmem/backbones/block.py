@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxmem.mixers.base import MixerConfig, MixerOutput, build
 from jaxmem.nn.init import Init
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.feed_forward = build(feed_forward, dim, init=init, rngs=rngs)
 
     def init_state(
-        self, batch: int, *, max_len: int | None, dtype: jnp.dtype | None
+        self, batch: int, *, max_len: int | None, dtype: DTypeLike | None
     ) -> tuple[Any, Any]:
         """Return the states of both slots before any token."""
         slots = (self.mixer, self.feed_forward)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxmem.backbones.block import Block
 from jaxmem.errors import ConfigError, ShapeError
@@ -92,7 +93,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: jnp.dtype = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: DTypeLike = jnp.float32
     ):
         if config.vocab_size == 0:
             raise ConfigError(
@@ -100,7 +101,7 @@ class Decoder(nnx.Module):
                 "Replace it with a number before building a Decoder by hand."
             )
         self.config = config
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = jnp.dtype(compute_dtype)
         init = gpt2_init(config.depth)
         self.embedding = Embedding(config.vocab_size, config.dim, init=init.embedding, rngs=rngs)
         self.position = (
@@ -122,7 +123,7 @@ class Decoder(nnx.Module):
         self.norm = LayerNorm(config.dim, use_bias=config.use_bias)
 
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> DecoderState:
         """Return the state before any token, for `max_len` (default `context_len`) per row."""
         max_len = self.config.context_len if max_len is None else max_len

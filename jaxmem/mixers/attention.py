@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
@@ -67,7 +68,7 @@ class Attention(Mixer):
         self.out = Linear(dim, dim, use_bias=config.use_bias, init=init.residual, rngs=rngs)
 
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> AttentionState:
         """Return an empty cache for `max_len` tokens per row (required)."""
         size = cache.required_len(max_len, "mha")

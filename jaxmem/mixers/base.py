@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxmem.errors import ConfigError, ShapeError, unknown_name
 from jaxmem.nn.init import Init
@@ -83,7 +84,7 @@ class Mixer(nnx.Module):
 
     @abstractmethod
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> Any:
         """Return the state before any token.
 

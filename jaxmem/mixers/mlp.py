@@ -4,8 +4,8 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxmem.errors import ConfigError
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
@@ -53,7 +53,7 @@ class MLP(Mixer):
         self.down = Linear(hidden, dim, use_bias=config.use_bias, init=init.residual, rngs=rngs)
 
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> tuple[()]:
         """Return the empty state."""
         return ()

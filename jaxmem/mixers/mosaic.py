@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxmem.errors import ConfigError
@@ -88,7 +89,7 @@ class KeyExtractor(nnx.Module):
     Keys are float32 or wider whatever the dtype of x: the logits multiply a difference of keys by
     the squared scale, up to e^22, and with it the rounding of the keys.
 
-    Reference: nanoMosaics `KeyFeatExtractor`.
+    Reference: nanoMosaics `KeyFeatureExtractor`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, use_bias: bool, init: Init, rngs: nnx.Rngs):
@@ -125,7 +126,7 @@ class KeyExtractor(nnx.Module):
 class ValueExtractor(nnx.Module):
     """v_t = exp(10 s) · unit(c u_t + (1 - c) u_{t+1}) per head, with u = W_v x.
 
-    Reference: nanoMosaics `ValFeatExtractor`.
+    Reference: nanoMosaics `ValFeatureExtractor`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, use_bias: bool, init: Init, rngs: nnx.Rngs):
@@ -181,7 +182,7 @@ class ContextualMemory(Mixer):
         self.out = Linear(dim, dim, use_bias=bias, init=init.residual, rngs=rngs)
 
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> ContextualState:
         """Return an empty memory for `max_len` tokens per row (required)."""
         size = cache.required_len(max_len, "contextual_memory")
@@ -324,7 +325,7 @@ class PersistentMemory(Mixer):
         self.out = Linear(dim, dim, use_bias=bias, init=init.residual, rngs=rngs)
 
     def init_state(
-        self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> PersistentState:
         """Return the sums before any token; their size does not depend on `max_len`."""
         dtype = self.out.kernel.dtype if dtype is None else dtype

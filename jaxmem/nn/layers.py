@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from jaxmem.ops.attention import Dropout
@@ -48,7 +49,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(
-        self, index: Int[Array, "..."], *, dtype: jnp.dtype = jnp.float32
+        self, index: Int[Array, "..."], *, dtype: DTypeLike = jnp.float32
     ) -> Float[Array, "... D"]:
         """Look vectors up; an index beyond the table gives NaN, never a neighbour's vector."""
         return self.table[...].at[index].get(mode="fill", fill_value=jnp.nan).astype(dtype)

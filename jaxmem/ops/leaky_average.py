@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxmem.errors import ShapeError, unknown_name
@@ -46,7 +47,7 @@ def decay_rate(beta: HeadScalars) -> HeadScalars:
 
 
 def init_leaky_state(
-    batch: int, heads: int, width: int, *, scaling: Scaling = "sum", dtype: jnp.dtype = jnp.float32
+    batch: int, heads: int, width: int, *, scaling: Scaling = "sum", dtype: DTypeLike = jnp.float32
 ) -> LeakyState:
     """Return the state before any token."""
     weight = jnp.zeros((batch, heads, 1), dtype) if scaling == "normalised" else None

@@ -24,7 +24,7 @@ def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
     Here a vector shorter than 1e-10 becomes 0 with gradient 0; elsewhere the difference is below
     float32 resolution.
 
-    Reference: Memory Mosaics (arXiv 2405.06394), sec. 4; nanoMosaics `LeakyAvg`/`ValFeaturizer`.
+    Reference: Memory Mosaics (arXiv 2405.06394), sec. 4; nanoMosaics `KeyFeatureExtractor`.
     """
     wide = at_least_float32(x)
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
