@@ -1,0 +1,1 @@
+"""Continue token sequences with any model that keeps the decoder contract."""

@@ -1,0 +1,106 @@
+"""Text generation: stop strings, streaming pieces, empty and impossible prompts."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.data.tokenizers import ByteTokenizer, CharTokenizer
+from jaxmem.errors import DataError
+from jaxmem.generate import text
+from jaxmem.generate.sampling import Sampling
+from jaxmem.generate.text import first_tokens, generate_text
+from tests.unit.generate.stand_in import StandIn, StandInConfig
+
+TOKENIZER = CharTokenizer("\nabcdefghi")
+ARGS = {"max_new_tokens": 60, "sampling": Sampling(temperature=1.5), "key": jax.random.key(1)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+
+
+def pieces_and_texts(model, stop=()):
+    pieces = {0: [], 1: [], 2: []}
+    texts = generate_text(
+        model,
+        TOKENIZER,
+        ["abc", "h", ""],
+        stop=stop,
+        on_text=lambda r, piece: pieces[r].append(piece),
+        **ARGS,
+    )
+    assert ["".join(p) for p in pieces.values()] == texts
+    return pieces, texts
+
+
+def test_pieces_join_to_the_result_in_several_blocks(model):
+    pieces, texts = pieces_and_texts(model)
+    assert [len(t) for t in texts] == [60] * 3
+    assert all(len(p) > 1 for p in pieces.values())
+
+
+def test_stop_strings_cut_at_the_earliest(model):
+    _, free = pieces_and_texts(model)
+    stop = [free[0][20:23], free[1][7:9]]
+    _, texts = pieces_and_texts(model, stop)
+    for before, after in zip(free, texts, strict=True):
+        places = [before.find(s) for s in stop if s in before]
+        assert after == before[: min(places, default=60)]
+    assert len(texts[1]) <= 7
+
+
+def test_empty_prompt_starts_from_a_newline(model):
+    texts = generate_text(model, TOKENIZER, ["\n", ""], **{**ARGS, "sampling": Sampling(top_k=1)})
+    assert texts[0] == texts[1]
+
+
+def test_empty_prompt_prefers_end_of_text():
+    class WithEnd(ByteTokenizer):
+        end_of_text = 7
+
+    assert first_tokens(WithEnd()).tolist() == [7]
+    assert first_tokens(ByteTokenizer()).tolist() == [10]
+
+
+def test_empty_prompt_without_a_start_is_explained():
+    with pytest.raises(DataError, match=r"neither\. Give a prompt"):
+        first_tokens(CharTokenizer("abc"))
+
+
+def test_end_of_text_ends_a_row(model):
+    class WithEnd(CharTokenizer):
+        end_of_text = 3
+
+    texts = generate_text(model, WithEnd("\nabcdefghi"), ["abc"], **ARGS)
+    free = generate_text(model, TOKENIZER, ["abc"], **ARGS)
+    assert "c" in free[0]
+    assert texts[0] == free[0].partition("c")[0]
+
+
+def test_unknown_characters_are_named(model):
+    with pytest.raises(DataError, match="'Z'"):
+        generate_text(model, TOKENIZER, ["abZ"], **ARGS)
+
+
+def test_halves_of_a_character_and_of_a_stop_string_are_held_back():
+    tokenizer = ByteTokenizer()
+    row = text._Row(tokenizer.decode, ["END"])
+    euro = tokenizer.encode("a€")
+    assert row.add(euro[:2]) == "a"
+    assert row.add(euro[2:]) == "€"
+    assert row.add(tokenizer.encode("b E")) == "b "
+    assert row.add(tokenizer.encode("N")) == ""
+    assert row.add(tokenizer.encode("N")) == "ENN"
+    assert row.add(tokenizer.encode("!ENDx")) == "!"
+    assert row.finished
+    assert row.add(tokenizer.encode("more")) == ""
+    assert row.close() == ""
+    assert row.text == "a€b ENN!"
+
+
+def test_what_is_held_back_is_shown_at_the_end():
+    row = text._Row(ByteTokenizer().decode, ["END"])
+    assert row.add(np.array([69, 78])) == ""
+    assert row.close() == "EN"
