@@ -1,0 +1,1 @@
+"""What is learnt and measured: losses, masks and metrics over batches."""

@@ -1,0 +1,400 @@
+"""Checkpoints: arrays, random key, data position and metrics position in one composite.
+
+On disk every parameter has its own name, whatever the layout in memory. Orbax writes into a
+temporary folder and renames it when all is there, so a kill leaves a whole checkpoint or none.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxmem.errors import CheckpointMismatch
+from jaxmem.parallel.rules import leaf_spec
+from jaxmem.training.disk import disk_errors
+from jaxmem.training.layout import Layout, Params
+from jaxmem.training.state import TrainState, state_shardings
+
+FORMAT = 1
+"""Version of the layout on disk; raised when a reader of the old one could misread the new one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says about itself besides arrays."""
+
+    step: int
+    """Updates done."""
+    metrics_bytes: int
+    """Bytes of metrics.jsonl that belong to this checkpoint."""
+    tokens: int
+    """Scored tokens up to the last row of metrics."""
+    seconds: float
+    """Time spent training, over all parts of the run."""
+    reported: bool
+    """Whether the evaluation and row of metrics at this step, if due, were made."""
+    val_loss: float | None
+    """Validation loss at this step, if it was evaluated."""
+    processes: int
+    """Number of processes that shared the data."""
+    mesh: str
+    """The mesh it was saved from."""
+    format: int = FORMAT
+
+
+class DataPosition:
+    """The data iterator's position as grain's checkpoint handler wants it: bytes of JSON."""
+
+    def __init__(self, state: Any = None):
+        self.state = state
+
+    def get_state(self) -> bytes:
+        """Return the position."""
+        return json.dumps(self.state).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Take the position from a checkpoint."""
+        self.state = json.loads(state)
+
+    def start_prefetch(self) -> None:
+        """Do nothing; the handler calls this on the iterators it restores."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read."""
+
+    state: TrainState
+    position: Any
+    """Position of the data iterator; None if it was saved by another number of processes."""
+    meta: Meta
+
+
+class StateFormat:
+    """Converts between the train state and the named arrays on disk, on the current mesh."""
+
+    def __init__(self, abstract: TrainState, layout: Layout, mesh: Mesh):
+        self._abstract = abstract
+        self._layout = layout
+        self._mesh = mesh
+
+    @cached_property
+    def pack(self) -> Callable[[TrainState], dict[str, dict[str, jax.Array]]]:
+        """State -> items of named arrays."""
+        return jax.jit(self._pack, out_shardings=self._shardings)
+
+    @cached_property
+    def unpack(self) -> Callable[[dict[str, dict[str, jax.Array]]], TrainState]:
+        """Items of named arrays -> state."""
+        shardings = state_shardings(self._abstract, self._layout, self._mesh)
+        return jax.jit(self._unpack, out_shardings=shardings)
+
+    def targets(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Return what to restore: shapes, types, and the placement on the current mesh."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._pack, self._abstract),
+            self._shardings,
+        )
+
+    def _pack(self, state: TrainState) -> dict[str, dict[str, jax.Array]]:
+        layout = self._layout
+        loop = state._replace(params=None, opt_state=None)
+        return {
+            "params": layout.unstack(state.params),
+            "opt_state": named_leaves(
+                layout.map_params(layout.unstack, state.opt_state, layout.groups)
+            ),
+            "loop": named_leaves(loop),
+        }
+
+    def _unpack(self, items: dict[str, dict[str, jax.Array]]) -> TrainState:
+        layout = self._layout
+        opt_state = self._abstract.opt_state
+        single = jax.eval_shape(
+            lambda tree: layout.map_params(layout.unstack, tree, layout.groups), opt_state
+        )
+        loop = self._abstract._replace(params=None, opt_state=None)
+        state = from_named(loop, items["loop"])
+        opt_state = from_named(single, items["opt_state"])
+        return state._replace(
+            params=layout.stack(items["params"]),
+            opt_state=layout.map_params(layout.stack, opt_state, layout.shapes),
+        )
+
+    @cached_property
+    def _shardings(self) -> dict[str, dict[str, NamedSharding]]:
+        items = jax.eval_shape(self._pack, self._abstract)
+        fsdp = self._mesh.shape["fsdp"]
+
+        def place(item: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            spec = PartitionSpec() if item == "loop" else leaf_spec(leaf.shape, fsdp)
+            return NamedSharding(self._mesh, spec)
+
+        return {
+            item: {name: place(item, leaf) for name, leaf in leaves.items()}
+            for item, leaves in items.items()
+        }
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run: the newest `keep`, and the best by validation loss."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        say: Callable[[str], None] = print,
+        read_only: bool = False,
+    ):
+        """Open the folder; what a kill left half written is removed.
+
+        Args:
+          folder: where checkpoints are; created if it does not exist.
+          keep: how many of the newest are kept.
+          say: called with messages for the user.
+          read_only: only for reading: nothing is created, removed or moved.
+        """
+        self._quiet = ExitStack()
+        self._quiet.enter_context(_without_noise())
+        self._folder = folder.absolute()
+        self._say = say
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_newest_and_best(keep),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
+        )
+        with disk_errors(self._folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=options,
+                item_handlers={
+                    "params": ocp.StandardCheckpointHandler(),
+                    "opt_state": ocp.StandardCheckpointHandler(),
+                    "loop": ocp.StandardCheckpointHandler(),
+                    "data": CheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        items: Mapping[str, Mapping[str, jax.Array]],
+        position: Any,
+        meta: Meta,
+    ) -> None:
+        """Start to write a checkpoint; the arrays are copied before this returns.
+
+        Raises:
+          JaxmemError: the disk is full (also when that happened to the checkpoint before).
+        """
+        args = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(dict(leaves)) for name, leaves in items.items()},
+            data=CheckpointSave(DataPosition(position)),
+            meta=ocp.args.JsonSave(asdict(meta)),
+        )
+        metrics = None if meta.val_loss is None else {"val_loss": meta.val_loss}
+        with disk_errors(self._folder):
+            self._manager.wait_until_finished()
+            if meta.step in self._manager.all_steps():
+                # Saved on preemption before its evaluation; the run will get here again if killed.
+                self._manager.delete(meta.step)
+            self._manager.save(meta.step, args=args, metrics=metrics, force=True)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        with disk_errors(self._folder):
+            self._manager.check_for_errors()
+
+    def finish(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+          JaxmemError: the disk is full.
+        """
+        with disk_errors(self._folder):
+            self._manager.wait_until_finished()
+
+    def release(self) -> None:
+        """Close the manager; what could not be written was reported by `finish` or `check`."""
+        with self._quiet, suppress(Exception):
+            self._manager.close()
+
+    def meta(self, step: int) -> Meta:
+        """Read what a checkpoint says about itself.
+
+        Raises:
+          CheckpointMismatch: it was written by a newer version of jaxmem.
+        """
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        tree = self._manager.restore(step, args=args)["meta"]
+        if tree["format"] > FORMAT:
+            raise CheckpointMismatch(
+                f"The checkpoint at step {step} has format {tree['format']}, this version of "
+                f"jaxmem reads up to {FORMAT}. Use the version that wrote it, or a newer one."
+            )
+        return Meta(**tree)
+
+    def newest_meta(self) -> Meta | None:
+        """Return the meta of the newest checkpoint, None if there is none or it cannot be read."""
+        steps = self.steps()
+        try:
+            return self.meta(steps[-1]) if steps else None
+        except CheckpointMismatch:
+            raise
+        except Exception:  # unreadable: restore_newest will say so and fall back
+            return None
+
+    def best_step(self) -> int | None:
+        """Return the step with the lowest validation loss, the later of equals."""
+        losses = {step: self._manager.metrics(step) for step in self.steps()}
+        known = {step: m["val_loss"] for step, m in losses.items() if m and "val_loss" in m}
+        return min(known, key=lambda step: (known[step], -step), default=None)
+
+    def restore_newest(self, form: StateFormat) -> Restored | None:
+        """Restore the newest readable checkpoint onto the current mesh.
+
+        One that cannot be read is moved to `unreadable_checkpoints`, with a message.
+
+        Returns:
+          The checkpoint, or None if there are none at all.
+
+        Raises:
+          CheckpointMismatch: its parameters are not those of this model, or none can be read.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                return self._restore(step, form)
+            except CheckpointMismatch:
+                raise
+            except Exception as err:  # whatever reading a damaged file raises
+                problems.append(f"step {step}: {_first_line(err)}")
+                self._say(f"The checkpoint at step {step} cannot be read ({_first_line(err)}).")
+        if problems:
+            raise CheckpointMismatch(
+                f"None of the checkpoints in {self._folder} can be read ({'; '.join(problems)}). "
+                "Move the run folder away to start anew, or restore the files."
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints newer than a step, found unreadable, out of the way of new ones."""
+        aside = self._folder.parent / "unreadable_checkpoints"
+        for bad in [s for s in self.steps() if s > step]:
+            if jax.process_index() == 0:
+                aside.mkdir(exist_ok=True)
+                target = aside / str(bad)
+                while target.exists():
+                    target = target.with_name(f"{target.name}_")
+                (self._folder / str(bad)).rename(target)
+            self._say(f"Moved the unreadable checkpoint of step {bad} to {aside.name}.")
+        self._manager.reload()
+
+    def restore_params(self, step: int, targets: Params) -> Params:
+        """Read the parameters of one checkpoint by their single names."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(targets))
+        return self._manager.restore(step, args=args)["params"]
+
+    def _restore(self, step: int, form: StateFormat) -> Restored:
+        meta = self.meta(step)
+        targets = form.targets()
+        self._check_params(step, targets["params"])
+        restore = {name: ocp.args.StandardRestore(leaves) for name, leaves in targets.items()}
+        position = DataPosition()
+        if meta.processes == jax.process_count():
+            restore["data"] = CheckpointRestore(position)
+        got = self._manager.restore(step, args=ocp.args.Composite(**restore))
+        items = {name: got[name] for name in targets}
+        return Restored(form.unpack(items), position.state, meta)
+
+    def _check_params(self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        saved = self._manager.item_metadata(step)["params"]
+        if saved is None:
+            raise ValueError("the parameters' metadata is missing")
+        found = {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in targets.items()}
+        if found == wanted:
+            return
+        differ = [
+            f"{name}: saved {found.get(name, 'no such')}, wanted {wanted.get(name, 'no such')}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise CheckpointMismatch(
+            f"The checkpoint at step {step} does not fit this model: "
+            f"{'; '.join(differ[:5])}{more}. "
+            "Use the run's own config, or another `run.dir` to start anew."
+        )
+
+
+def _newest_and_best(keep: int) -> policies.PreservationPolicy:
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: -metrics["val_loss"],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Keep Orbax from printing tracebacks of errors that it also raises.
+
+    It logs them, and it closes its event loop at the first one: the arrays that are still under way
+    find it closed, or fail with nobody waiting for them.
+    """
+    before = sys.unraisablehook
+
+    def hook(event: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(event.exc_value):
+            before(event)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    sys.unraisablehook = hook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by dotted name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def from_named(template: Any, leaves: Mapping[str, Any]) -> Any:
+    """Build a pytree like the template from leaves by dotted name."""
+    return jax.tree.unflatten(
+        jax.tree.structure(template), [leaves[name] for name in named_leaves(template)]
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -1,0 +1,208 @@
+"""The configuration of a run: what is trained, on what, how, and where it is written.
+
+The JSON form is one object per dataclass; the two slots of a block carry a `kind`, the registered
+name of their mixer. Unknown keys are errors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmem.backbones.decoder import DecoderConfig
+from jaxmem.data.config import DataConfig
+from jaxmem.errors import ConfigError, JaxmemError
+from jaxmem.mixers.base import MixerConfig, config_class, config_name
+from jaxmem.parallel.mesh import ParallelConfig
+from jaxmem.training.optim import OptimConfig
+
+EXEMPT = frozenset(
+    {
+        "run.dir",
+        "run.name",
+        "run.steps",
+        "run.log_every",
+        "run.keep",
+        "run.samples",
+        "run.sample_tokens",
+        "run.wandb",
+        "run.allow_config_change",
+        "parallel.mesh",
+    }
+)
+"""Fields that may differ between the parts of one run: they do not change what is learnt per update
+(the mesh only within rounding, which the log then says)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How long a run is, what it reports, and where it is kept."""
+
+    name: str = ""
+    """Name of the run, by default that of the preset; its folder is `runs/<name>`."""
+    dir: str | None = None
+    """Folder of the run, if not `runs/<name>`."""
+    steps: int = 2000
+    """Updates in total; more than a finished run has done makes it go on."""
+    seed: int = 1337
+    """The one seed; streams for init, data, dropout and evaluation are derived from it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; parameters, optimiser and losses are float32 always."""
+    log_every: int = 10
+    """Updates between rows of metrics."""
+    eval_every: int = 250
+    """Updates between evaluations; there is one before the first and one after the last update."""
+    eval_batches: int = 20
+    """Random batches per split and evaluation, the same ones every time."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0 means `run.eval_every`."""
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the one with the best validation loss."""
+    samples: int = 3
+    """Texts sampled at the end of the run."""
+    sample_tokens: int = 200
+    """Tokens per sampled text."""
+    wandb: bool = False
+    """Also report to Weights & Biases (extra `wandb`)."""
+    allow_config_change: bool = False
+    """Resume although fields that matter differ from the run folder's config."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "eval_batches", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`run.{name}={getattr(self, name)}` must be 1 or more.")
+        for name in ("checkpoint_every", "samples", "sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`run.{name}={getattr(self, name)}` must be 0 or more.")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run.
+
+        Raises:
+          ConfigError: neither `run.dir` nor `run.name` is given.
+        """
+        if not self.name and not self.dir:
+            raise ConfigError("`run.name` and `run.dir` are both empty. Give one of them.")
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Updates between checkpoints."""
+        return self.checkpoint_every or self.eval_every
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    model: DecoderConfig
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it is optimised."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is spread over devices."""
+    run: RunOptions = field(default_factory=RunOptions)
+    """How long, how reported, where kept."""
+
+    def __post_init__(self) -> None:
+        decay = self.optim.decay_steps or self.run.steps
+        if self.optim.schedule == "cosine" and self.optim.warmup_steps >= decay:
+            name = "optim.decay_steps" if self.optim.decay_steps else "run.steps"
+            raise ConfigError(
+                f"`optim.warmup_steps={self.optim.warmup_steps}` leaves nothing of "
+                f"`{name}={decay}` for the cosine. Use fewer warm-up steps."
+            )
+        shards = self.parallel.batch_shards
+        parts = shards * self.optim.accumulate
+        if self.data.batch_size % parts:
+            raise ConfigError(
+                f"`data.batch_size={self.data.batch_size}` does not split into "
+                f"`optim.accumulate={self.optim.accumulate}` micro-batches on {shards} devices "
+                f"(`parallel.mesh={self.parallel.mesh!r}`). Use a multiple of {parts}."
+            )
+
+
+@cache
+def _converter() -> Any:
+    from cattrs import Converter
+    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+
+    converter = Converter(forbid_extra_keys=True)
+
+    def is_mixer(cls: Any) -> bool:
+        return isinstance(cls, type) and issubclass(cls, MixerConfig)
+
+    def unstructure(value: MixerConfig) -> dict[str, Any]:
+        plain = make_dict_unstructure_fn(type(value), converter)
+        return {"kind": config_name(type(value)), **plain(value)}
+
+    def structure(tree: Mapping[str, Any], _: type) -> MixerConfig:
+        fields = dict(tree)
+        if "kind" not in fields:
+            raise ConfigError("a mixer has no `kind`")
+        cls = config_class(fields.pop("kind"))
+        return make_dict_structure_fn(cls, converter)(fields, cls)
+
+    converter.register_unstructure_hook_func(is_mixer, unstructure)
+    converter.register_structure_hook_func(is_mixer, structure)
+    return converter
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested dicts of JSON values."""
+    return _converter().unstructure(config)
+
+
+def to_json(config: RunConfig) -> str:
+    """Return the configuration as indented JSON."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str, *, name: str = "The configuration") -> RunConfig:
+    """Read a configuration from JSON.
+
+    Args:
+      text: the JSON.
+      name: what to call it in messages, such as the path it was read from.
+
+    Raises:
+      ConfigError: it is no JSON, or a key is unknown, missing, or holds a value of another type.
+    """
+    from cattrs import transform_error
+    from cattrs.v import format_exception
+
+    def words(error: BaseException, kind: type | None) -> str:
+        return str(error) if isinstance(error, JaxmemError) else format_exception(error, kind)
+
+    try:
+        return _converter().structure(json.loads(text), RunConfig)
+    except json.JSONDecodeError as err:
+        raise ConfigError(f"{name} is not valid JSON: {err}.") from err
+    except Exception as err:  # cattrs raises groups of whatever went wrong in each field
+        problems = "; ".join(transform_error(err, path="config", format_exception=words))
+        raise ConfigError(f"{name} does not fit this version of jaxmem: {problems}.") from err
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
+    """List the fields that differ as (dotted path, value in a, value in b); None where absent."""
+    left, right = flatten(to_dict(a)), flatten(to_dict(b))
+    paths = list(left) + [path for path in right if path not in left]
+    return [
+        (path, left.get(path), right.get(path))
+        for path in paths
+        if left.get(path) != right.get(path)
+    ]

@@ -1,0 +1,191 @@
+"""The folder of a run: whose it is, and the files that describe it."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxmem
+from jaxmem.errors import CheckpointMismatch, ConfigError
+from jaxmem.training.config import EXEMPT, RunConfig, diff, from_json, to_json
+from jaxmem.training.disk import disk_errors, write_atomically
+
+OURS = frozenset(
+    {
+        "config.json",
+        "command.txt",
+        "environment.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "unreadable_checkpoints",
+        "plots",
+        "samples.txt",
+        "run.md",
+        "log.txt",
+        "wandb",
+    }
+)
+"""What a run folder may hold."""
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def check_folder(config: RunConfig) -> list[str]:
+    """Check, without touching anything, that the run may use its folder.
+
+    Returns:
+      Notes on differences to the folder's config that do not stop the run.
+
+    Raises:
+      ConfigError: the path is a file, or a folder with other things in it.
+      CheckpointMismatch: the folder belongs to a run of another config.
+    """
+    folder = config.run.folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`run.dir`: {folder} is a file. Choose another folder.")
+    saved_path = folder / "config.json"
+    if not saved_path.exists():
+        names = sorted(os.listdir(folder)) if folder.exists() else []
+        other = [name for name in names if name not in OURS and not name.endswith(".part")]
+        if other:
+            raise ConfigError(
+                f"`run.dir`: {folder} is not a run folder; it holds {', '.join(other[:5])}"
+                f"{' and more' if len(other) > 5 else ''}. Choose an empty or a new folder."
+            )
+        return []
+    return _compare(saved_config(folder), config)
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """Read the config of a run folder.
+
+    Raises:
+      CheckpointMismatch: there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"), name=str(path))
+    except FileNotFoundError as err:
+        raise CheckpointMismatch(f"{folder} is not a run folder: it has no config.json.") from err
+    except (ConfigError, UnicodeDecodeError) as err:
+        raise CheckpointMismatch(
+            f"{err} The run in this folder cannot be resumed; choose another `run.dir`."
+        ) from err
+
+
+def _compare(saved: RunConfig, config: RunConfig) -> list[str]:
+    changes = diff(saved, config)
+    matter = [change for change in changes if change[0] not in EXEMPT]
+    lines = [f"{path}: {old!r} in the folder, {new!r} now" for path, old, new in matter]
+    if matter and not config.run.allow_config_change:
+        listing = "\n  ".join(lines)
+        raise CheckpointMismatch(
+            f"{config.run.folder} holds a run of another config:\n  {listing}\n"
+            "Choose another `run.dir` or `run.name`, or resume with `--run.allow-config-change`."
+        )
+    notes = [f"config changed: {line}" for line in lines]
+    paths = {path for path, _, _ in changes}
+    if "parallel.mesh" in paths:
+        notes.append(
+            "the mesh changed: results equal the earlier ones within rounding, not exactly"
+        )
+    if "run.steps" in paths and not config.optim.decay_steps and config.optim.schedule == "cosine":
+        notes.append(
+            "`optim.decay_steps=0` follows `run.steps`: the cosine now ends at the new one"
+        )
+    return notes
+
+
+def write_description(
+    config: RunConfig, command: Sequence[str], environment: dict[str, Any]
+) -> list[str]:
+    """Write config.json, environment.json, and this start's line of command.txt.
+
+    Returns:
+      Notes on an environment that is not the one the run was begun in.
+    """
+    folder = config.run.folder
+    notes = []
+    path = folder / "environment.json"
+    if path.exists():
+        before = _read_object(path)
+        changed = [
+            key for key in ("jax", "jaxlib", "devices") if before.get(key) != environment[key]
+        ]
+        notes = [
+            f"{key} was {before.get(key)}, now {environment[key]}: exact equality with an "
+            "uninterrupted run is not to be expected"
+            for key in changed
+        ]
+    write_atomically(folder / "config.json", to_json(config))
+    write_atomically(path, json.dumps(environment, indent=2) + "\n")
+    with disk_errors(folder), (folder / "command.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+    return notes
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # only used for a note: all keys then count as changed
+        return {}
+
+
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write tokenizer.json, or check that the folder's one has the same vocabulary.
+
+    Raises:
+      CheckpointMismatch: the vocabulary is another one, so the embeddings would be meaningless.
+    """
+    from jaxmem.data.tokenizers import load_tokenizer
+
+    path = folder / "tokenizer.json"
+    if path.exists():
+        saved = load_tokenizer(path)
+        if saved.fingerprint != tokenizer.fingerprint:
+            raise CheckpointMismatch(
+                f"{path} holds another vocabulary ({saved.kind}, {saved.vocab_size} tokens) than "
+                f"the data now give ({tokenizer.kind}, {tokenizer.vocab_size} tokens): the text "
+                "has changed. Restore it, or choose another `run.dir`."
+            )
+        return
+    write_atomically(path, json.dumps(tokenizer.to_dict()) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Collect what a result may depend on: versions, devices, git revision."""
+    devices = jax.devices()
+    return {
+        "jaxmem": jaxmem.__version__,
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def git_revision() -> str | None:
+    """Return the revision of the checkout that jaxmem is imported from, None outside one."""
+    here = Path(jaxmem.__file__).parent
+    for args in (["ls-files", "--error-unmatch", "__init__.py"], ["rev-parse", "--short", "HEAD"]):
+        try:
+            done = subprocess.run(
+                ["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+    return done.stdout.strip()

@@ -1,0 +1,87 @@
+"""The head of a run's log: one screen that says what will happen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import jaxmem
+from jaxmem.ops.dispatch import explain_all
+from jaxmem.parallel.mesh import describe_mesh
+from jaxmem.parallel.rules import describe_shardings
+from jaxmem.training.config import RunConfig, diff
+from jaxmem.training.folder import git_revision
+from jaxmem.training.layout import ModelParts
+from jaxmem.training.optim import decay_groups
+
+
+def overrides(config: RunConfig, preset: RunConfig | None) -> list[str]:
+    """Say what differs from the preset."""
+    changes = [] if preset is None else diff(preset, config)
+    text = ", ".join(f"{path}={new}" for path, _, new in changes)
+    return [f"overrides  {text or 'none'}"]
+
+
+def head(config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelParts) -> list[str]:
+    """Return the lines that are known before the step is compiled."""
+    revision = git_revision()
+    shapes = {name: leaf.shape for name, leaf in parts.layout.shapes.items()}
+    groups = decay_groups(shapes, config.optim)
+    total = sum(group.count for group in groups)
+    lines = [
+        f"jaxmem {jaxmem.__version__}{f' ({revision})' if revision else ''}, jax {jax.__version__}",
+        f"run        {config.run.name or config.run.folder.name}, seed {config.run.seed}, "
+        f"{config.run.steps} updates, {config.run.precision}",
+        *overrides(config, preset),
+        f"devices    {describe_mesh(mesh)}",
+        f"parameters {total:,} in {len(shapes)} arrays",
+    ]
+    lines += [
+        f"  decay {decay:g}: {count:,} in {len(names)} arrays ({_some(names)})"
+        for decay, names, count in groups
+        if names
+    ]
+    if mesh.size > 1:
+        stacked = parts.layout.stacked_shapes
+        specs = parts.layout.specs(mesh.shape["fsdp"])
+        lines += [f"  {line}" for line in describe_shardings(stacked, specs, mesh)]
+    state = jax.eval_shape(
+        lambda single: jax.tree.leaves(parts.merge_single(single).init_state(1)),
+        dict(parts.layout.shapes),
+    )
+    lines.append(f"state      {_bytes(_size(state))} per sequence of {config.model.context_len}")
+    return lines
+
+
+def compiled_lines(compiled: Any) -> list[str]:
+    """Return what the compiled step will use, as far as the backend tells."""
+    lines = []
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        lines.append(
+            f"memory     {_bytes(held)} parameters, optimiser and batch + {_bytes(temporary)} "
+            "temporary, per device"
+        )
+    cost = compiled.cost_analysis() or {}
+    if flops := cost.get("flops"):
+        lines.append(f"compute    {flops:.3g} FLOP per update and device")
+    lines += [f"op         {line}" for line in explain_all()]
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"

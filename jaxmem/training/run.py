@@ -1,0 +1,248 @@
+"""`train`: assemble a run from its config, start or resume it, and tell how it ended."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmem.cache import enable_compilation_cache
+from jaxmem.parallel.mesh import build_mesh
+from jaxmem.tasks.language_modeling import language_model_loss
+from jaxmem.training import folder as run_folder
+from jaxmem.training.checkpoint import Checkpoints, Meta, StateFormat
+from jaxmem.training.config import RunConfig, to_dict
+from jaxmem.training.console import RunLog
+from jaxmem.training.disk import disk_errors
+from jaxmem.training.feed import EvalSet, Feed, Place
+from jaxmem.training.guard import NonFiniteGuard
+from jaxmem.training.head import compiled_lines, head
+from jaxmem.training.layout import ModelParts
+from jaxmem.training.loop import Loop, LoopEnd, Parts
+from jaxmem.training.metrics import JsonlFile, NoFile, TensorBoard, WandB, Writer
+from jaxmem.training.model import Model
+from jaxmem.training.optim import adamw, decays, learning_rate
+from jaxmem.training.state import StateInit, TrainState, stream_seed
+from jaxmem.training.step import Steps
+from jaxmem.training.stopping import StopRequest
+
+
+class TrainResult(NamedTuple):
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    step: int
+    """Updates done."""
+    val_loss: float | None
+    """Validation loss at that step; None if the run stopped elsewhere."""
+    stopped: Literal["finished", "preempted", "already finished"]
+
+
+AtEnd = Callable[[TrainResult, nnx.Module, Any], None]
+"""Called after the last update with the result, the trained model and the tokenizer."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    preset: RunConfig | None = None,
+    command: Sequence[str] = (),
+    at_end: AtEnd | None = None,
+) -> TrainResult:
+    """Train, or go on training, the run that a config describes.
+
+    Everything is written into the run's folder. If that holds a run of the same config, it goes on
+    from its newest readable checkpoint, bit for bit as if it had never stopped.
+
+    Args:
+      config: the run.
+      preset: what the config was made from; the log shows the difference.
+      command: the command line, kept in command.txt.
+      at_end: makes the products of a finished run (plots, samples); not called on preemption.
+
+    Returns:
+      Where the run is, how far it got and why it stopped.
+
+    Raises:
+      ConfigError: the config does not fit the machine, the data or the folder.
+      CheckpointMismatch: the folder belongs to another config or vocabulary, or cannot be read.
+      DataError: the data are missing or too small.
+      NonFiniteLoss: an update was not finite.
+      JaxmemError: the disk is full or cannot be written.
+    """
+    enable_compilation_cache()
+    mesh = build_mesh(config.parallel)
+    folder = config.run.folder
+    notes = run_folder.check_folder(config)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with RunLog(folder / "log.txt") as log, _checkpoints(config, log) as checkpoints:
+        newest = checkpoints.newest_meta()
+        if newest and newest.reported and newest.step >= config.run.steps:
+            log.line(
+                f"{folder}: already finished at step {newest.step}; --run.steps M goes on to M."
+            )
+            return TrainResult(folder, newest.step, newest.val_loss, "already finished")
+        return _train(config, mesh, log, checkpoints, preset, command, at_end, notes)
+
+
+def _train(
+    config: RunConfig,
+    mesh: Mesh,
+    log: RunLog,
+    checkpoints: Checkpoints,
+    preset: RunConfig | None,
+    command: Sequence[str],
+    at_end: AtEnd | None,
+    notes: list[str],
+) -> TrainResult:
+    from jaxmem.data.pipeline import load_corpus
+
+    corpus = load_corpus(config.data)
+    folder = config.run.folder
+    model = Model.of(config, corpus.tokenizer.vocab_size)
+    run_folder.check_tokenizer(folder, corpus.tokenizer)
+    notes += run_folder.write_description(config, command, run_folder.environment())
+    for line in head(config, preset, mesh, model.parts):
+        log.line(line)
+    log.line(f"data       {corpus.description}")
+    with ExitStack() as stack:
+        loop = _assemble(config, mesh, model, corpus, checkpoints, log, stack)
+        log.line(f"files      {folder}")
+        for note in notes:
+            log.line(f"note       {note}")
+        stop = stack.enter_context(StopRequest())
+        log.start(loop.step, config.run.steps)
+        end = loop.run(stop)
+        checkpoints.finish()
+    log.stop()
+    return _finish(config, end, model.parts, corpus, log, at_end)
+
+
+@contextmanager
+def _checkpoints(config: RunConfig, log: RunLog) -> Iterator[Checkpoints]:
+    checkpoints = Checkpoints(config.run.folder / "checkpoints", keep=config.run.keep, say=log.line)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.release()
+
+
+def _assemble(
+    config: RunConfig,
+    mesh: Mesh,
+    model: Model,
+    corpus: Any,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    stack: ExitStack,
+) -> Loop:
+    """Compile the step, restore the newest checkpoint or begin, and open the metrics."""
+    place = Place(mesh)
+    feed = Feed(_batches(config, corpus, "train", "data"), place)
+    steps = Steps(model.parts, language_model_loss, mesh, accumulate=config.optim.accumulate)
+    schedule = learning_rate(config.optim, config.run.steps)
+    optimizer = adamw(config.optim, schedule, model.parts.layout.map_shapes(decays))
+    batch = feed.peek()
+    init = StateInit(model.make, model.parts, optimizer, steps.aux_names(batch), mesh)
+    step = jax.jit(
+        steps.update(optimizer, config.optim.clip_norm),
+        donate_argnums=0,
+        out_shardings=(init.shardings, None),
+    )
+    update = step.lower(init.abstract, batch).compile()
+    for line in compiled_lines(update):
+        log.line(line)
+    form = StateFormat(init.abstract, model.parts.layout, mesh)
+    state, meta = _restore(config, checkpoints, form, feed, log) or (init(config.run.seed), None)
+    jsonl, writers = _writers(config, meta, log, stack)
+    splits = {"eval_train_loss": "train", "val_loss": "validation"}
+    parts = Parts(
+        config=config,
+        mesh=mesh,
+        update=update,
+        evaluate=steps.evaluate(),
+        schedule=schedule,
+        feed=feed,
+        eval_sets={
+            name: EvalSet(_batches(config, corpus, split, "eval"), config.run.eval_batches, place)
+            for name, split in splits.items()
+        },
+        guard=NonFiniteGuard(steps),
+        form=form,
+        checkpoints=checkpoints,
+        jsonl=jsonl,
+        writers=writers,
+        log=log,
+    )
+    return Loop(parts, state, meta)
+
+
+def _restore(
+    config: RunConfig, checkpoints: Checkpoints, form: StateFormat, feed: Feed, log: RunLog
+) -> tuple[TrainState, Meta] | None:
+    restored = checkpoints.restore_newest(form)
+    if restored is None:
+        return None
+    checkpoints.set_aside_after(restored.meta.step)
+    feed.restore(restored.position, restored.meta.step)
+    log.line(f"resume     from step {restored.meta.step} of {config.run.steps}")
+    return restored.state, restored.meta
+
+
+def _batches(config: RunConfig, corpus: Any, split: str, stream: str) -> Any:
+    """Return this process's iterator of batches; evaluation uses those of one micro-batch."""
+    from jaxmem.data.pipeline import batches
+
+    parts = 1 if stream == "data" else config.optim.accumulate
+    return batches(
+        corpus,
+        split,
+        context_len=config.model.context_len,
+        batch_size=config.data.batch_size // parts,
+        sampling=config.data.sampling,
+        seed=stream_seed(config.run.seed, stream),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _writers(
+    config: RunConfig, meta: Meta | None, log: RunLog, stack: ExitStack
+) -> tuple[JsonlFile | NoFile, list[Writer]]:
+    if jax.process_index():
+        return NoFile(), []
+    folder = config.run.folder
+    begin = 0 if meta is None else meta.step + meta.reported
+    old = (folder / "tensorboard").exists()
+    jsonl = JsonlFile(folder / "metrics.jsonl", meta.metrics_bytes if meta else 0, log.line)
+    writers: list[Writer] = [
+        TensorBoard(folder / "tensorboard", resume_step=begin if old else None)
+    ]
+    if config.run.wandb:
+        writers.append(WandB(folder, config.run.name or folder.name, to_dict(config)))
+    for writer in (jsonl, *writers):
+        stack.callback(writer.close)
+    return jsonl, writers
+
+
+def _finish(
+    config: RunConfig,
+    end: LoopEnd,
+    parts: ModelParts,
+    corpus: Any,
+    log: RunLog,
+    at_end: AtEnd | None,
+) -> TrainResult:
+    folder = config.run.folder
+    result = TrainResult(folder, end.step, end.val_loss, end.stopped)
+    if end.stopped == "preempted":
+        log.line(f"Stopped at step {end.step}; start the same command again to go on.")
+        return result
+    if at_end is not None:
+        at_end(result, parts.merge(end.state.params), corpus.tokenizer)
+    log.line(f"Finished at step {end.step}, val {end.val_loss:.4f}. Everything is in {folder}.")
+    return result

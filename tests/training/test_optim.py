@@ -1,0 +1,85 @@
+"""Schedules, decay groups, clipping, and AdamW against the update rule written out."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.errors import ConfigError
+from jaxmem.training.optim import (
+    OptimConfig,
+    adamw,
+    clip_by_norm,
+    decay_groups,
+    decays,
+    learning_rate,
+)
+
+
+def upstream_rate(it: int, c: OptimConfig, decay: int) -> float:
+    if it < c.warmup_steps:
+        return c.lr * it / c.warmup_steps
+    if it > decay:
+        return c.min_lr
+    ratio = (it - c.warmup_steps) / (decay - c.warmup_steps)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.lr - c.min_lr)
+
+
+@pytest.mark.parametrize("decay", [0, 50], ids=["decay=steps", "decay=50"])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_cosine_is_the_reference_formula_at_every_step(warmup, decay):
+    config = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=warmup, decay_steps=decay)
+    rate = learning_rate(config, 100)
+    got = np.array([rate(it) for it in range(120)])
+    want = np.array([upstream_rate(it, config, decay or 100) for it in range(120)])
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-12)
+
+
+def test_first_update_has_rate_zero_and_constant_stays():
+    rate = learning_rate(OptimConfig(schedule="constant", lr=0.5, warmup_steps=4), 100)
+    assert [float(rate(it)) for it in (0, 2, 4, 5, 1000)] == [0.0, 0.25, 0.5, 0.5, 0.5]
+
+
+def test_clipping_scales_to_the_limit_and_leaves_small_gradients():
+    grads = {"a": jnp.array([3.0, 4.0])}
+    clipped = clip_by_norm(grads, jnp.array(5.0), 1.0)["a"]
+    np.testing.assert_allclose(clipped, np.array([3.0, 4.0]) / (5.0 + 1e-6), rtol=1e-7)
+    chex.assert_trees_all_equal(clip_by_norm(grads, jnp.array(5.0), 10.0), grads)
+    chex.assert_trees_all_equal(clip_by_norm(grads, jnp.array(5.0), 0.0), grads)
+
+
+def test_adamw_decays_matrices_only_and_follows_the_rule():
+    c = OptimConfig(weight_decay=0.1, beta1=0.9, beta2=0.95)
+    params = {"w": jnp.full((2, 2), 2.0), "b": jnp.full((2,), 2.0)}
+    optimizer = adamw(c, lambda _: 0.01, {k: decays(v.shape) for k, v in params.items()})
+    state = optimizer.init(params)
+    m = v = 0.0
+    want = {"w": 2.0, "b": 2.0}
+    for it, g in enumerate([1.0, -0.5, 0.25], start=1):
+        grads = jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        step = (m / (1 - 0.9**it)) / (math.sqrt(v / (1 - 0.95**it)) + 1e-8)
+        want = {"w": want["w"] - 0.01 * (0.1 * want["w"] + step), "b": want["b"] - 0.01 * step}
+    for name, value in want.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-6)
+
+
+def test_decay_groups_list_every_parameter_once():
+    shapes = {"embed": (11, 8), "norm": (8,), "table": (2, 3, 4), "scale": ()}
+    decayed, plain = decay_groups(shapes, OptimConfig(weight_decay=0.3))
+    assert decayed == (0.3, ("embed", "table"), 88 + 24)
+    assert plain == (0.0, ("norm", "scale"), 9)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", 0.0), ("min_lr", 1.0), ("beta2", 1.0), ("accumulate", 0), ("clip_norm", -1.0)],
+)
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"optim.{field}={value}"):
+        OptimConfig(**{field: value})
