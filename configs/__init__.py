@@ -1,0 +1,97 @@
+"""The presets: one file each, found by name, described by their docstring without being imported.
+
+A docstring begins with the purpose in one line; later lines ``Source:``, ``Parameters:``,
+``Time:`` and ``Result:`` each start a paragraph of their own.
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxmem.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from jaxmem.training.config import RunConfig
+
+_FOLDER = Path(__file__).parent
+
+
+class Description(NamedTuple):
+    """What a preset's docstring says."""
+
+    name: str
+    purpose: str
+    parameters: str
+    time: str
+    source: str
+    result: str
+
+
+def names() -> list[str]:
+    """Return the names of all presets, sorted."""
+    return sorted(p.stem for p in _FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+def describe(name: str) -> Description:
+    """Read a preset's docstring; nothing is imported.
+
+    Raises:
+      UnknownName: there is no such preset.
+    """
+    if name not in names():
+        raise unknown_name("config", name, names())
+    text = ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text("utf-8"))) or ""
+    fields: dict[str, str] = {}
+    paragraph = "purpose"
+    for line in text.splitlines():
+        head, colon, rest = line.partition(":")
+        if colon and head in ("Source", "Parameters", "Time", "Result"):
+            paragraph, line = head.lower(), rest
+        elif not line.strip():
+            paragraph = ""
+        fields[paragraph] = f"{fields.get(paragraph, '')} {line.strip()}".strip()
+    return Description(name, *(fields.get(field, "") for field in Description._fields[1:]))
+
+
+def load(name_or_path: str) -> "RunConfig":
+    """Load a preset by name, a ``.py`` file that defines ``config``, or a saved ``.json``.
+
+    A preset without ``run.name`` gets the name of its file.
+
+    Raises:
+      UnknownName: there is no preset of that name.
+      ConfigError: the file is missing, or is not a configuration.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".py", ".json"):
+        if name_or_path not in names():
+            raise unknown_name("config", name_or_path, names())
+        return _named(importlib.import_module(f"configs.{name_or_path}"), name_or_path)
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}. Give --config a preset's name or a file.")
+    if path.suffix == ".py":
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{path} cannot be imported.")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return _named(module, path.stem)
+    from jaxmem.training.config import from_json
+
+    return from_json(path.read_text("utf-8"), name=str(path))
+
+
+def _named(module: ModuleType, name: str) -> "RunConfig":
+    """Return the module's ``config``, its run called ``name`` if it has no name of its own."""
+    from jaxmem.training.config import RunConfig
+
+    config = getattr(module, "config", None)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{module.__file__} does not define `config = RunConfig(...)`.")
+    if config.run.name:
+        return config
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))

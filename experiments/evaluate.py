@@ -1,0 +1,71 @@
+"""Evaluate a run on a whole split: `python -m experiments.evaluate --run runs/mm_tiny`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import cli
+
+PROG = "python -m experiments.evaluate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Loss, perplexity and bits over all non-overlapping windows, with 95 % intervals."""
+
+    run: Path
+    """Folder of the run."""
+    which: Literal["best", "last"] = "best"
+    """The checkpoint of the lowest validation loss, or the newest one."""
+    split: Literal["validation", "train"] = "validation"
+    """Part of the text."""
+    batch_size: int = 0
+    """Windows at once, speed and memory only; 0 takes the run's batch of one micro-batch."""
+
+
+def main(args: list[str]) -> int:
+    """Evaluate, print, and write evaluate.json into the run folder."""
+    options = cli.parse(EvaluateOptions, args, prog=PROG, description=EvaluateOptions.__doc__)
+    from jaxmem.data.pipeline import load_corpus
+    from jaxmem.errors import ConfigError
+    from jaxmem.reports.evaluation import evaluate
+    from jaxmem.training.disk import write_atomically
+    from jaxmem.training.model import load_run
+
+    if options.batch_size < 0:
+        raise ConfigError(f"--batch-size {options.batch_size} is negative. Use 0 or more.")
+    run = load_run(options.run, checkpoint=options.which)
+    corpus = load_corpus(run.config.data, run.tokenizer)
+    micro_batch = run.config.data.batch_size // run.config.optim.accumulate
+    found = evaluate(
+        run.model,
+        corpus,
+        options.split,
+        context_len=run.config.model.context_len,
+        batch_size=options.batch_size or micro_batch,
+    )
+    about = {"step": run.step, "which": options.which, "split": options.split}
+    about |= {"context_len": run.config.model.context_len, "data": corpus.description}
+    result = about | found.to_dict()
+    write_atomically(options.run / "evaluate.json", json.dumps(result, indent=2) + "\n")
+    print(_text(options.run, result))
+    return 0
+
+
+def _text(folder: Path, result: dict[str, Any]) -> str:
+    lines = [
+        f"{folder}, {result['which']} checkpoint (step {result['step']}), {result['split']} split: "
+        f"{result['tokens']:,} tokens in {result['windows']:,} windows of {result['context_len']}"
+    ]
+    names = ("loss", "perplexity", "bits_per_token", "bits_per_character", "bits_per_byte")
+    for name in names:
+        if name in result:
+            low, high = result.get(f"{name}_ci95", (None, None))
+            interval = "" if low is None else f"   95 % interval {low:.4f} to {high:.4f}"
+            lines.append(f"  {name.replace('_', ' ').ljust(18)} {result[name]:.4f}{interval}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

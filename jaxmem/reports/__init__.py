@@ -1,0 +1,1 @@
+"""Run folders read back, and turned into numbers, plots, Markdown and texts."""

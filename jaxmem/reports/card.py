@@ -1,0 +1,115 @@
+"""The run card, run.md: what was run, where, and what came out, on one page."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxmem.reports.tables import human_bytes, markdown_table
+from jaxmem.training.config import RunConfig, diff
+from jaxmem.training.layout import flat_params
+
+
+def parameter_checksum(model: nnx.Module) -> str:
+    """Return the SHA-256 over names, shapes, types and bytes of all parameters, sorted by name."""
+    digest = hashlib.sha256()
+    _, params = flat_params(model)
+    for name, leaf in sorted((".".join(map(str, path)), leaf) for path, leaf in params.items()):
+        array = np.asarray(jax.device_get(leaf))
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def run_card(
+    config: RunConfig,
+    preset: RunConfig | None,
+    *,
+    command: str,
+    environment: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    model: nnx.Module,
+) -> str:
+    """Return the Markdown of the run card.
+
+    Args:
+      config: of the run.
+      preset: what it was made from, None if that is not known.
+      command: the command line that finished the run.
+      environment: versions and devices.
+      rows: of metrics.jsonl.
+      model: with the final parameters.
+    """
+    changes = [] if preset is None else diff(preset, config)
+    difference = (
+        markdown_table(("field", "preset", "here"), [map(_code, change) for change in changes])
+        if changes
+        else "The preset, unchanged."
+    )
+    parts = [
+        f"# {config.run.name or config.run.folder.name}",
+        f"```\n{command}\n```",
+        "## Result",
+        _result(rows),
+        "![loss](plots/loss.png)",
+        _curve(rows),
+        f"SHA-256 of the final parameters: `{parameter_checksum(model)}`",
+        "## Configuration",
+        difference if preset is not None else "All fields stand in config.json.",
+        "## Environment",
+        markdown_table(("", ""), [(key, _text(value)) for key, value in environment.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _result(rows: Sequence[Mapping[str, Any]]) -> str:
+    evaluated = [row for row in rows if row.get("val_loss") is not None]
+    if not evaluated:
+        return "The run was never evaluated."
+    last, best = evaluated[-1], min(evaluated, key=lambda row: row["val_loss"])
+    facts = [
+        ("updates", f"{last['step']:,}"),
+        ("tokens", f"{last['tokens']:,}"),
+        ("validation loss", f"{last['val_loss']:.4f}"),
+        ("best validation loss", f"{best['val_loss']:.4f} at update {best['step']:,}"),
+    ]
+    if (loss := last.get("eval_train_loss")) is not None:
+        facts.append(("training loss, evaluated", f"{loss:.4f}"))
+    speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
+    if speeds:
+        facts.append(("tokens/s, median", f"{np.median(speeds):,.0f}"))
+    if "seconds" in last:
+        facts.append(("time", f"{last['seconds']:,.0f} s"))
+    if "peak_bytes" in last:
+        facts.append(("peak memory", human_bytes(last["peak_bytes"])))
+    return markdown_table(("", ""), facts)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    table = [
+        (
+            f"{row['step']:,}",
+            f"{row['tokens']:,}",
+            _loss(row.get("eval_train_loss")),
+            _loss(row["val_loss"]),
+        )
+        for row in rows
+        if row.get("val_loss") is not None
+    ]
+    return markdown_table(("updates", "tokens", "training loss", "validation loss"), table)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _code(value: Any) -> str:
+    return f"`{value}`"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,130 @@
+"""The whole way through the command line: train, again, evaluate, sample; and being stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+LINES = ["To be, or not to be: that is the question.", "Whether 'tis nobler in the mind?"]
+FILES = [
+    "config.json",
+    "command.txt",
+    "environment.json",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "plots/loss.png",
+    "samples.txt",
+    "run.md",
+    "log.txt",
+]
+# One device, unlike the other tests; level 0 halves the time to compile.
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "COLUMNS": "100",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(LINES * 60))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    """Compile each program once for all verbs of this file, outside the user's own cache."""
+    ENVIRONMENT["JAXMEM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def verb(name, *args, code=0):
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def train_args(preset, text, folder, steps):
+    args = ["--config", preset, "--data.path", text, "--run.dir", folder, "--run.steps", steps]
+    args += ["--optim.warmup-steps", 2, "--run.eval-every", 10, "--run.eval-batches", 2]
+    return [*args, "--run.sample-tokens", 20]
+
+
+@pytest.mark.parametrize("preset", ["mm_tiny", "gpt_tiny"])
+def test_train_evaluate_sample(preset, text, tmp_path):
+    run = tmp_path / "run"
+    args = train_args(preset, text, run, 30)
+    out = verb("train", *args)
+    assert "Finished at step 30" in out
+    assert all((run / name).stat().st_size for name in FILES)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    assert (run / "samples.txt").read_text().count("--- sample") == 3
+
+    # Killed between the last update and the products: the same command makes them, the same ones.
+    samples, card = (run / "samples.txt").read_text(), (run / "run.md").read_text()
+    for name in ("samples.txt", "run.md"):
+        (run / name).unlink()
+    assert "already finished at step 30" in verb("train", *args)
+    assert (run / "samples.txt").read_text() == samples
+    assert (run / "run.md").read_text() == card
+
+    out = verb("evaluate", "--run", run)
+    found = json.loads((run / "evaluate.json").read_text())
+    assert f"{found['loss']:.4f}" in out
+    # The same split as random windows: a different estimate of the same loss.
+    assert found["loss"] == pytest.approx(min(losses), abs=0.25)
+    assert found["loss_ci95"][0] < found["loss"] < found["loss_ci95"][1]
+    assert found["step"] == 30
+
+    sample = ["--run", run, "--prompt", "To be", "--max-new-tokens", 100, "--seed", 3]
+    out = verb("sample", *sample)
+    assert re.fullmatch(r"To be(.|\n){100}\n", out)
+    several = verb("sample", *sample, "--prompt", "", "--num-samples", 2)
+    assert several.count("--- prompt") == 4
+    assert out in several  # the first row of a batch equals itself alone
+    assert "'#'" in verb("sample", "--run", run, "--prompt", "#", code=2)
+
+
+def test_mixer_flag_saved_config_and_folder_of_another_run(text, tmp_path):
+    run = tmp_path / "run"
+    args = train_args("gpt_tiny", text, run, 4)
+    verb("train", *args, "--mixer", "contextual_memory", "--run.samples", 0)
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["model"]["mixer"]["kind"] == "contextual_memory"
+    out = verb("train", "--config", run / "config.json")
+    assert "already finished at step 4" in out
+    err = verb("train", *args, code=2)
+    assert "model.mixer.kind" in err
+    assert "Traceback" not in err
+
+
+def test_preempted_run_exits_with_75_and_goes_on(text, tmp_path):
+    run = tmp_path / "run"
+    args = train_args("mm_tiny", text, run, 100_000)
+    command = [sys.executable, "-m", "experiments.train", *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+        _wait_for(run / "metrics.jsonl", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    assert not (run / "run.md").exists()
+    assert "best checkpoint" in verb("evaluate", "--run", run)
+
+
+def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "the run never reported"
+        time.sleep(0.1)

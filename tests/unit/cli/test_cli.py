@@ -1,0 +1,197 @@
+"""The command line: listing, help, overrides, messages and exit codes."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import configs
+from experiments import cli, train
+from experiments.listing import listing, mixers
+from jaxmem.errors import DataError
+from jaxmem.mixers.base import names as mixer_names
+from jaxmem.training.config import diff, flatten, from_json, to_dict, to_json
+
+
+def call(capsys, *args, verb=train.main):
+    """Run a verb in this process; return exit code, stdout, and stderr without box drawing."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(verb, args)
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, " ".join(err.replace("│", " ").split())
+
+
+def printed_config(capsys, *args):
+    code, out, err = call(capsys, *args, "--print-config")
+    assert code == 0
+    return from_json(out), err
+
+
+def test_list_imports_nothing_heavy_and_takes_less_than_a_second():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.train", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "experiments.listing" in imported
+    heavy = {"jax", "flax", "numpy", "tyro", "matplotlib", "cattrs", "rich", "grain", "orbax"}
+    assert not heavy & imported
+    # 0.06 s on an idle machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    assert done.stdout.strip() == listing()
+
+
+def test_list_names_every_preset_and_every_registered_mixer():
+    assert [entry.name for entry in mixers()] == mixer_names()
+    assert all(entry.purpose for entry in mixers())
+    text = listing()
+    for name in configs.names():
+        about = configs.describe(name)
+        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        assert about.purpose in line
+        assert about.parameters in line
+        assert about.time in line
+
+
+def test_mixers_are_found_under_other_spellings_of_the_decorator(tmp_path):
+    source = '@base.register("b", C)\nclass B:\n    """Second.\n\n    More.\n    """\n'
+    source += '@register("a", C)\n@other\nclass A:\n    """First."""\n@plain("c")\nclass D: pass\n'
+    (tmp_path / "family.py").write_text(source)
+    assert mixers(tmp_path) == [("a", "First."), ("b", "Second.")]
+
+
+def test_help_shows_every_field_with_the_value_of_this_preset(capsys):
+    code, out, _ = call(capsys, "--config", "mm_tiny", "--help")
+    assert code == 0
+    text = " ".join(out.replace("│", " ").split())
+    fields = flatten(to_dict(configs.load("mm_tiny")))
+    for path in fields:
+        if not path.endswith(".kind"):
+            assert f"--{path.replace('_', '-')}" in text
+    assert "Stored pairs per head and bank" in text
+    assert "(default: 224)" in text
+    assert "--model.positions {none,learned}" in text
+
+
+def test_help_without_a_preset_says_how_to_name_one(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert "--config NAME" in out
+    assert "--print-config" in out
+
+
+def test_print_config_is_json_that_can_be_given_back(capsys, tmp_path):
+    overrides = ("--model.dim", "32", "--data.source", "auto", "--parallel.mesh", "data=2")
+    config, err = printed_config(capsys, "--config", "mm_tiny", *overrides)
+    preset = configs.load("mm_tiny")
+    assert diff(preset, config) == [("model.dim", 64, 32), ("parallel.mesh", "", "data=2")]
+    assert "model.dim: 64 -> 32" in err
+    assert "data.source" not in err
+    saved = tmp_path / "config.json"
+    saved.write_text(to_json(config))
+    again, err = printed_config(capsys, "--config", str(saved))
+    assert again == config
+    assert "no difference" in err
+
+
+def test_mixer_is_replaced_and_shared_fields_are_kept(capsys):
+    config, err = printed_config(
+        capsys, "--config=gpt_shakespeare_char", "--mixer=contextual_memory"
+    )
+    preset = configs.load("gpt_shakespeare_char")
+    assert config.model.mixer.num_heads == 6
+    assert config.model.mixer.dropout == 0.2
+    assert json.loads(to_json(config))["model"]["mixer"]["kind"] == "contextual_memory"
+    assert dataclasses.replace(config.model, mixer=preset.model.mixer) == preset.model
+    assert "model.mixer.kind: 'mha' -> 'contextual_memory'" in err
+
+
+def test_a_python_file_is_a_preset(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import dataclasses, configs\n"
+        "config = dataclasses.replace(configs.load('gpt_tiny'), run=configs.load('mm_tiny').run)\n"
+        "config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=''))\n"
+    )
+    config, _ = printed_config(capsys, "--config", str(path))
+    assert config.run.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config", "mm_smal"], ["'mm_smal'", "mm_small"]),
+        ([], ["--config NAME", "--list"]),
+        (["--confg", "mm_tiny"], ["--config", "by --confg"]),
+        (["--config"], ["--config needs a value"]),
+        (["--config", "mm_tiny", "--config=gpt_tiny"], ["2 times", "mm_tiny, gpt_tiny"]),
+        (["--config", "mm_tiny", "--mixer", "mah"], ["'mah'", "mha"]),
+        (["--config", "mm_tiny", "--model.dmi", "3"], ["--model.dmi", "--model.dim"]),
+        (["--config", "mm_tiny", "--model.dim", "wide"], ["--model.dim", "'wide'"]),
+        (
+            ["--config", "mm_tiny", "--model.mixer.num-heads", "3"],
+            ["model.mixer.num_heads=3", "model.dim=64"],
+        ),
+        (["--config", "mm_tiny", "--model.depth", "0"], ["model.depth=0"]),
+        (["--config", "mm_tiny", "--optim.warmup-steps", "300"], ["warmup_steps=300"]),
+        (["--config", "nowhere.json"], ["no file nowhere.json"]),
+        (["--config", "nowhere.py"], ["no file nowhere.py"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_get_one_message_and_code_2(capsys, args, words):
+    code, out, err = call(capsys, *args)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("c.json", "{", "not valid JSON"),
+        ("c.json", '{"model": {"dmi": 3}}', "dmi"),
+        ("c.py", "confg = 3\n", "does not define `config"),
+    ],
+)
+def test_broken_config_files_are_explained(capsys, tmp_path, name, text, word):
+    path = tmp_path / name
+    path.write_text(text)
+    code, _, err = call(capsys, "--config", str(path))
+    assert code == 2
+    assert word in err
+    assert name in err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(KeyError, match="mm_smal"):
+        cli.run(train.main, ["--config", "mm_smal", "--debug"])
+
+
+def test_exit_codes(capsys):
+    def fail(error):
+        def verb(args):
+            raise error
+
+        return verb
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/log.txt")
+    assert call(capsys, verb=fail(full)) == (
+        2,
+        "",
+        "error: No space left on device (runs/x/log.txt). Mend that or choose another folder.",
+    )
+    assert call(capsys, verb=fail(DataError("No data."))) == (2, "", "error: No data.")
+    assert call(capsys, verb=fail(KeyboardInterrupt()))[0] == 130
+    assert call(capsys, verb=lambda args: 75)[0] == 75
+    with pytest.raises(ZeroDivisionError):
+        cli.run(fail(ZeroDivisionError()), [])
+    with pytest.raises(OSError, match="loop"):
+        cli.run(fail(OSError(errno.ELOOP, "loop")), [])

@@ -1,0 +1,77 @@
+"""The presets: their docstrings against what they build, and the published constants."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+import configs
+from jaxmem.backbones.decoder import Decoder
+from jaxmem.errors import UnknownName
+
+# Characters of the default corpus; tiny Shakespeare, which the papers use, has 65.
+CORPUS_CHARACTERS, TINY_SHAKESPEARE = 83, 65
+
+
+def parameters(name, vocab_size):
+    config = configs.load(name).model
+    config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_preset_is_short_and_fully_described(name):
+    about = configs.describe(name)
+    assert about.purpose.endswith(".")
+    assert all(about)
+    assert 10 <= len(Path(configs.__file__).with_name(f"{name}.py").read_text().splitlines()) <= 40
+    config = configs.load(name)
+    assert config.run.name == name
+    assert config.run.folder == Path("runs") / name
+    stated = float(about.parameters.removesuffix(" M")) * 1e6
+    assert parameters(name, CORPUS_CHARACTERS) == pytest.approx(stated, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("mm_small", 796_016),
+        ("gpt_small", 804_096),
+        ("mm_shakespeare_char", 10_647_036),
+        ("gpt_shakespeare_char", 10_745_088),
+        ("mm_gpt2", 123_588_336),
+    ],
+)
+def test_parameter_counts_equal_the_authors(name, published):
+    assert parameters(name, TINY_SHAKESPEARE) == published
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "shakespeare_char"])
+def test_twins_differ_in_the_model_only(size):
+    mosaic, gpt = configs.load(f"mm_{size}"), configs.load(f"gpt_{size}")
+    assert (mosaic.data, mosaic.optim) == (gpt.data, gpt.optim)
+    assert dataclasses.replace(mosaic.run, name=gpt.run.name) == gpt.run
+    sizes = ("context_len", "dim", "depth", "dropout")
+    assert all(getattr(mosaic.model, s) == getattr(gpt.model, s) for s in sizes)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UnknownName, match="mm_tiny"):
+        configs.describe("mm_tini")
+    with pytest.raises(UnknownName, match="mm_tiny"):
+        configs.load("mm_tini")
+
+
+def test_description_joins_lines_of_a_paragraph(tmp_path, monkeypatch):
+    text = '"""Purpose.\n\nSource: one\ntwo: three.\nTime: now\n\nNot part of it.\n"""\n'
+    (tmp_path / "x.py").write_text(text)
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(configs, "_FOLDER", tmp_path)
+    assert configs.names() == ["x"]
+    about = configs.describe("x")
+    assert (about.purpose, about.source, about.time) == ("Purpose.", "one two: three.", "now")
+    assert (about.parameters, about.result) == ("", "")

@@ -1,0 +1,82 @@
+"""Evaluation: against a loop by hand, its interval against simulation, bits per byte."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.data.config import DataConfig
+from jaxmem.data.pipeline import load_corpus
+from jaxmem.reports.evaluation import evaluate, margin
+from tests.unit.generate.stand_in import StandIn, StandInConfig
+
+CONTEXT = 8
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["ab", "cé", "d€", "e "], 300)
+    path.write_text("".join(words), encoding="utf-8")
+    return load_corpus(DataConfig(path=str(path)))
+
+
+def test_equals_a_loop_over_windows(corpus):
+    config = StandInConfig(context_len=CONTEXT, vocab_size=corpus.tokenizer.vocab_size)
+    model = StandIn(config, rngs=nnx.Rngs(0))
+    found = evaluate(model, corpus, "validation", context_len=CONTEXT, batch_size=3)
+    tokens = corpus.tokens("validation").astype(np.int32)
+    losses = []
+    for start in range(0, len(tokens) - 1, CONTEXT):
+        window = tokens[start : start + CONTEXT + 1]
+        logits = model(jnp.asarray(window[None, :-1])).logits[0]
+        picked = jax.nn.log_softmax(logits)[jnp.arange(len(window) - 1), window[1:]]
+        losses.append(-np.asarray(picked, np.float64))
+    every = np.concatenate(losses)
+    assert found.tokens == len(every) == len(tokens) - 1
+    assert found.windows == len(losses)
+    assert len(losses) % 3  # the last batch is not full
+    assert len(losses[-1]) < CONTEXT  # nor the last window
+    assert found.loss == pytest.approx(every.mean(), rel=1e-6)
+
+    measures = found.to_dict()
+    text = corpus.tokenizer.decode(tokens[1:])
+    assert measures["perplexity"] == pytest.approx(np.exp(every.mean()), rel=1e-5)
+    assert measures["bits_per_character"] == pytest.approx(measures["bits_per_token"])
+    size = len(text.encode("utf-8"))
+    assert size > len(text)
+    assert measures["bits_per_byte"] == pytest.approx(every.sum() / np.log(2) / size, rel=1e-5)
+    low, high = measures["loss_ci95"]
+    assert (low + high) / 2 == pytest.approx(found.loss)
+    assert measures["perplexity_ci95"] == pytest.approx([np.exp(low), np.exp(high)])
+
+
+def test_interval_covers_the_mean_95_times_in_100():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1000):
+        counts = rng.integers(4, 9, 60)
+        sums = rng.normal(2.0 * counts, np.sqrt(counts))
+        covered += abs(sums.sum() / counts.sum() - 2.0) < margin(sums, counts)
+    # 60 windows under-cover by half a point; 0.7 points is one deviation of 1000 trials.
+    assert 925 <= covered <= 970
+
+
+def test_one_window_has_no_interval(corpus):
+    assert margin(np.ones(1), np.ones(1)) is None
+    config = StandInConfig(context_len=500, vocab_size=corpus.tokenizer.vocab_size)
+    found = evaluate(
+        StandIn(config, rngs=nnx.Rngs(0)), corpus, "validation", context_len=500, batch_size=1
+    )
+    assert found.windows == 1
+    assert not [name for name in found.to_dict() if name.endswith("ci95")]
+
+
+def test_unknown_text_has_no_bits_per_byte(corpus, monkeypatch):
+    monkeypatch.setattr("jaxmem.reports.evaluation.MOST_TOKENS_TO_DECODE", 10)
+    config = StandInConfig(context_len=CONTEXT, vocab_size=corpus.tokenizer.vocab_size)
+    model = StandIn(config, rngs=nnx.Rngs(0))
+    found = evaluate(model, corpus, "validation", context_len=CONTEXT, batch_size=3).to_dict()
+    assert "bits_per_token" in found
+    assert not {"bits_per_byte", "bits_per_byte_ci95", "bits_per_character"} & found.keys()

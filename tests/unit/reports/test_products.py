@@ -1,0 +1,124 @@
+"""The products of a run: metrics read back, the plot, the card, the samples, tables."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import configs
+from jaxmem.data.tokenizers import CharTokenizer
+from jaxmem.reports.card import parameter_checksum, run_card
+from jaxmem.reports.plots import loss_plot
+from jaxmem.reports.products import FILES, make_products, missing_products, sample_texts
+from jaxmem.reports.runs import read_environment, read_metrics
+from jaxmem.reports.tables import human_bytes, markdown_table
+from tests.unit.generate.stand_in import StandIn, StandInConfig
+
+ROWS = [
+    {"step": 0, "tokens": 0, "val_loss": 4.2, "eval_train_loss": 4.1, "seconds": 0.5},
+    {"step": 10, "tokens": 640, "train_loss": 3.0, "tokens_per_s": 1000.0, "seconds": 1.0},
+    {"step": 20, "tokens": 1280, "train_loss": 2.0, "val_loss": 1.5, "eval_train_loss": 1.25},
+    {"step": 30, "tokens": 1920, "train_loss": 1.9, "val_loss": 1.75, "seconds": 2.0},
+]
+
+
+@pytest.fixture
+def model():
+    return StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def config(tmp_path):
+    preset = configs.load("mm_tiny")
+    run = dataclasses.replace(preset.run, dir=str(tmp_path), samples=2, sample_tokens=5)
+    return dataclasses.replace(preset, run=run)
+
+
+def test_metrics_without_the_line_that_a_kill_cut_short(tmp_path):
+    assert read_metrics(tmp_path) == []
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_metrics(tmp_path) == ROWS
+    (tmp_path / "metrics.jsonl").write_text(text[:-5])
+    assert read_metrics(tmp_path) == ROWS[:-1]
+    assert read_environment(tmp_path) == {}
+
+
+@pytest.mark.parametrize("rows", [ROWS, []], ids=["run", "no-rows"])
+def test_plot_is_a_picture_with_the_curves(tmp_path, rows):
+    from matplotlib.image import imread
+
+    path = tmp_path / "new" / "loss.png"
+    loss_plot(rows, path, title="a run")
+    pixels = imread(path)
+    assert pixels.shape[:2] == (540, 840)
+    orange = jnp.asarray([255, 127, 14]) / 255  # the colour of the validation curve
+    drawn = (abs(pixels[..., :3] - orange) < 0.02).all(-1).sum()
+    assert drawn > 200 if rows else drawn == 0
+
+
+def test_checksum_depends_on_every_parameter_only(model):
+    first = parameter_checksum(model)
+    assert first == parameter_checksum(StandIn(StandInConfig(), rngs=nnx.Rngs(0)))
+    model.place[...] = model.place[...].at[3, 2].add(1e-6)
+    assert parameter_checksum(model) != first
+
+
+def test_card_states_result_difference_and_environment(config, model):
+    preset = configs.load("mm_tiny")
+    text = run_card(
+        config,
+        preset,
+        command="python -m x",
+        environment={"jax": "1.2", "git_revision": None},
+        rows=ROWS,
+        model=model,
+    )
+    for part in (
+        "# mm_tiny\n",
+        "```\npython -m x\n```",
+        "| validation loss | 1.7500 |",
+        "| best validation loss | 1.5000 at update 20 |",
+        "| 20 | 1,280 | 1.2500 | 1.5000 |",
+        "| tokens/s, median | 1,000 |",
+        "| `run.samples` | `3` | `2` |",
+        "| jax | 1.2 |",
+        "| git_revision | null |",
+        parameter_checksum(model),
+        "plots/loss.png",
+    ):
+        assert part in text
+    unchanged = run_card(preset, preset, command="", environment={}, rows=[], model=model)
+    assert "The preset, unchanged." in unchanged
+    assert "never evaluated" in unchanged
+
+
+def test_products_are_written_and_repeatable(config, model, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tokenizer = CharTokenizer("\nabcdefghij")
+    assert missing_products(tmp_path)
+    texts = make_products(config, None, model, tokenizer, command="")
+    assert not missing_products(tmp_path)
+    assert len(set(texts)) == 2
+    assert (tmp_path / "samples.txt").read_text() == (
+        f"--- sample 1 ---\n{texts[0]}\n\n--- sample 2 ---\n{texts[1]}\n\n"
+    )
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
+    assert make_products(config, None, model, tokenizer, command="") == texts
+    assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
+
+
+def test_samples_without_a_newline_in_the_vocabulary_and_none_at_all(config, model):
+    texts = sample_texts(config, model, CharTokenizer("abcdefghijk"))
+    assert [len(text) for text in texts] == [5, 5]
+    none = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=0))
+    assert sample_texts(none, model, CharTokenizer("abcdefghijk")) == []
+
+
+def test_tables():
+    table = markdown_table(("a", "b"), [(1, "x|y")])
+    assert table == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
+    sizes = (0, 1023, 1536, 3 * 2**20, 2**31)
+    assert [human_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.5 KiB", "3.0 MiB", "2.0 GiB"]
