@@ -1,0 +1,1 @@
+"""Timings, and peers to compare with; peers live in their own environments."""

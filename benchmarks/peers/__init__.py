@@ -1,0 +1,1 @@
+"""Scripts that run another project's code from its own checkout; they import nothing of ours."""
