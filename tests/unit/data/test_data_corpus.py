@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from jaxmem.cache import cache_dir
 from jaxmem.data import corpus as corpus_module
 from jaxmem.data.config import DataConfig
-from jaxmem.data.corpus import cache_dir, clean_markdown, corpus_documents
+from jaxmem.data.corpus import clean_markdown, corpus_documents
 from jaxmem.data.pipeline import load_corpus
 from jaxmem.errors import DataError, MissingExtra
 
@@ -17,6 +18,8 @@ def test_cache_folder_precedence(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "own"
+    monkeypatch.setenv("JAXMEM_CACHE", "~/own")
+    assert cache_dir() == tmp_path / "home" / "own"
     monkeypatch.delenv("JAXMEM_CACHE")
     assert cache_dir() == tmp_path / "xdg" / "jaxmem"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -13,7 +13,8 @@ from jaxmem.reports.card import parameter_checksum, run_card
 from jaxmem.reports.plots import loss_plot
 from jaxmem.reports.products import FILES, make_products, missing_products, sample_texts
 from jaxmem.reports.runs import read_environment, read_metrics
-from jaxmem.reports.tables import human_bytes, markdown_table
+from jaxmem.reports.tables import markdown_table
+from jaxmem.training.console import human_bytes
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
 ROWS = [

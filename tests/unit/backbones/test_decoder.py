@@ -1,0 +1,360 @@
+"""The decoder: its size, its start, and its ways to run, for a Memory Mosaic and its GPT twin."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.backbones.decoder import Decoder, DecoderConfig, DecoderState
+from jaxmem.errors import ConfigError, ShapeError
+from jaxmem.mixers.attention import AttentionConfig
+from jaxmem.mixers.mlp import MLPConfig
+from jaxmem.mixers.mosaic import ContextualMemoryConfig, PersistentMemoryConfig
+from tests.helpers.compare import BFLOAT16, FORWARD, assert_close
+
+LENGTH, VOCAB = 10, 11
+# Documents of 4 and 3 tokens, padding before, between and after them.
+PACKED = np.array([0, 1, 1, 1, 0, 1, 2, 2, 2, 0])
+
+
+def config_of(kind: str, *, heads: int, memory: int, **fields: Any) -> DecoderConfig:
+    if kind == "mosaic":
+        return DecoderConfig(
+            mixer=ContextualMemoryConfig(num_heads=heads),
+            feed_forward=PersistentMemoryConfig(num_heads=heads, memory_size=memory),
+            **fields,
+        )
+    return DecoderConfig(
+        mixer=AttentionConfig(num_heads=heads),
+        feed_forward=MLPConfig(),
+        positions="learned",
+        **fields,
+    )
+
+
+def small(kind: str) -> DecoderConfig:
+    return config_of(kind, heads=2, memory=12, vocab_size=VOCAB, context_len=12, dim=16, depth=2)
+
+
+class Model:
+    """A decoder with parameters of order 1, as a pure function of them."""
+
+    def __init__(self, kind: str, dtype: Any = jnp.float32):
+        self.model = Decoder(small(kind), rngs=nnx.Rngs(0), compute_dtype=dtype)
+        self.graph, start = nnx.split(self.model, nnx.Param)
+        leaves, tree = jax.tree.flatten(start)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        self.params = jax.tree.unflatten(
+            tree,
+            [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)],
+        )
+
+    def call(self, run: Any, *args: Any) -> Any:
+        return jax.jit(lambda p, *a: run(nnx.merge(self.graph, p), *a))(self.params, *args)
+
+
+@pytest.fixture(scope="module", params=["mosaic", "gpt"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return Model(request.param)
+
+
+TOKENS = jax.random.randint(jax.random.key(2), (3, LENGTH), 0, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "sizes"),
+    [
+        ("mosaic", 796_016, (4, 4, 128, 448, 64, 65)),
+        ("gpt", 804_096, (4, 4, 128, 448, 64, 65)),
+        ("mosaic", 10_647_036, (6, 6, 384, 1344, 256, 65)),
+        ("gpt", 10_745_088, (6, 6, 384, 1344, 256, 65)),
+        ("mosaic", 123_588_336, (12, 12, 768, 2688, 1024, 50304)),
+        ("gpt", 124_373_760, (12, 12, 768, 2688, 1024, 50304)),
+    ],
+)
+def test_parameter_counts(kind: str, count: int, sizes: tuple[int, ...]):
+    depth, heads, dim, memory, context, vocab = sizes
+    config = config_of(
+        kind,
+        heads=heads,
+        memory=memory,
+        vocab_size=vocab,
+        context_len=context,
+        dim=dim,
+        depth=depth,
+    )
+    shapes = nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "gpt"])
+def test_a_model_holds_nothing_but_float32_parameters(kind: str):
+    model = Decoder(small(kind), rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "gpt"])
+def test_initial_statistics(kind: str):
+    """Every leaf is named here, so that a new one has to say what it starts from."""
+    config = config_of(kind, heads=4, memory=100, vocab_size=100, context_len=100, dim=64, depth=2)
+    config = dataclasses.replace(
+        config, use_bias=True, mixer=dataclasses.replace(config.mixer, use_bias=True)
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    residual = 0.02 / math.sqrt(2 * 2)
+    spreads = {
+        "embedding/table": 0.02,
+        "position/table": 0.02,
+        "key/projection/kernel": 0.02,
+        "value/projection/kernel": 0.02,
+        "qkv/kernel": 0.02,
+        "up/kernel": 0.02,
+        "out/kernel": residual,
+        "down/kernel": residual,
+        "feed_forward/keys": 1 / 4,  # 1 / sqrt of the width per head, 16
+        "feed_forward/values": 1 / 4,
+    }
+    constants = {
+        "norm/weight": 1.0,
+        "norm_1/weight": 1.0,
+        "norm_2/weight": 1.0,
+        "bias": 0.0,
+        "key/decay": np.linspace(0.05, 0.5, 4),
+        "key/scale": 0.1,
+        "value/scale": -0.05,
+        "feed_forward/scale": -0.05,
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
+        name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+        name = name.removesuffix("/value")
+        value = np.asarray(leaf)
+        spread = [s for suffix, s in spreads.items() if name.endswith(suffix)]
+        constant = [c for suffix, c in constants.items() if name.endswith(suffix)]
+        if spread:
+            tolerance = 5 / math.sqrt(2 * value.size)  # five standard errors of a deviation
+            assert np.std(value) == pytest.approx(spread[0], rel=tolerance), name
+            assert abs(np.mean(value)) < 5 * spread[0] / math.sqrt(value.size), name
+        elif constant:
+            np.testing.assert_allclose(value, np.broadcast_to(constant[0], value.shape), rtol=1e-6)
+        else:
+            assert name.endswith("value/mix"), name
+            assert np.all((value >= 0) & (value < 1))
+
+
+def test_layers_and_seeds_start_differently():
+    def first(seed: int) -> list[np.ndarray]:
+        model = Decoder(small("mosaic"), rngs=nnx.Rngs(seed))
+        return [np.asarray(b.mixer.out.kernel[...]) for b in model.blocks]
+
+    zero, one = first(0), first(1)
+    np.testing.assert_array_equal(zero, first(0))
+    assert not np.allclose(zero[0], zero[1])
+    assert not np.allclose(zero[0], one[0])
+
+
+def test_forms_agree(model: Model):
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        whole = m(tokens, m.init_state(3))
+        plain = m(tokens)
+        chunked = m(tokens, m.init_state(3), form="chunked")
+        cut = m(tokens[:, :3], m.init_state(3))
+        rest = m(tokens[:, 3:], cut.state)
+        split = (jnp.concatenate([cut.logits, rest.logits], axis=1), rest.state)
+
+        def body(state: DecoderState, token: jax.Array) -> tuple[DecoderState, jax.Array]:
+            out = m.step(token, state)
+            return out.state, out.logits
+
+        end, logits = jax.lax.scan(body, m.init_state(3), tokens.T)
+        stepped = (jnp.moveaxis(logits, 1, 0), end)
+        return plain.logits, whole[:2], chunked[:2], split, stepped
+
+    plain, whole, *others = model.call(run, TOKENS)
+    assert plain.shape == (3, LENGTH, VOCAB)
+    assert float(jnp.std(plain)) > 0.05
+    assert_close(whole[0], plain, FORWARD)
+    for other in others:
+        assert_close(other, whole, FORWARD)
+    np.testing.assert_array_equal(whole[1].position, LENGTH)
+
+
+def test_no_state_in_none_out(model: Model):
+    out = nnx.eval_shape(lambda: model.model(TOKENS))
+    assert out.state is None
+    assert out.aux == {}
+    assert out.logits.dtype == jnp.float32
+
+
+def test_packed_documents_equal_documents_alone(model: Model):
+    """With learned positions this needs positions that start anew with each document."""
+    ids = jnp.broadcast_to(jnp.asarray(PACKED), TOKENS.shape)
+
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        alone = [m(tokens[:, np.flatnonzero(n == PACKED)]).logits for n in (1, 2)]
+        plain = m(tokens, segment_ids=ids).logits
+        with_state = m(tokens, m.init_state(3), segment_ids=ids).logits
+        first = m(tokens[:, :5], m.init_state(3), segment_ids=ids[:, :5])
+        second = m(tokens[:, 5:], first.state, segment_ids=ids[:, 5:])
+        split = jnp.concatenate([first.logits, second.logits], axis=1)
+        return alone, (plain, with_state, split)
+
+    alone, ways = model.call(run, TOKENS)
+    for packed in ways:
+        assert bool(jnp.all(jnp.isfinite(packed)))
+        for number, expected in zip((1, 2), alone, strict=True):
+            assert_close(packed[:, np.flatnonzero(number == PACKED)], expected, FORWARD)
+
+
+def test_rows_of_uneven_length_go_on_as_rows_alone(model: Model):
+    ids = jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 1]])
+
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        prompts = m(tokens[:2, :4], m.init_state(2), segment_ids=ids)
+        together = m.step(tokens[:2, 7], prompts.state)
+        alone = m(jnp.concatenate([tokens[:1, :2], tokens[:1, 7:8]], axis=1)).logits
+        return together, alone[:, -1]
+
+    together, alone = model.call(run, TOKENS)
+    assert_close(together.logits[:1], alone, FORWARD)
+    np.testing.assert_array_equal(together.state.position, [3, 5])
+
+
+def test_a_padded_step_changes_nothing(model: Model):
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        before = m(tokens[:, :3], m.init_state(3)).state
+        return before, m.step(tokens[:, 3], before, segment_ids=jnp.array([1, 0, 1]))
+
+    before, out = model.call(run, TOKENS)
+    row = lambda state: jax.tree.map(lambda leaf: leaf[1], state)  # noqa: E731
+    assert_close(row(out.state), row(before), FORWARD)
+    np.testing.assert_array_equal(out.state.position, [4, 3, 4])
+    assert bool(jnp.all(jnp.isfinite(out.logits)))
+
+
+def test_one_token(model: Model):
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        return m(tokens[:, :1]).logits, m(tokens).logits[:, :1]
+
+    one, of_many = model.call(run, TOKENS)
+    assert_close(one, of_many, FORWARD)
+
+
+def test_overrun_of_max_len_is_nan_for_its_row_only(model: Model):
+    ids = jnp.asarray([[1] * 4 + [0], [1] * 5, [0] + [1] * 4])
+
+    def run(m: Decoder, tokens: jax.Array) -> jax.Array:
+        return m(tokens[:, :5], m.init_state(3, max_len=4), segment_ids=ids).logits
+
+    bad = np.isnan(model.call(run, TOKENS))
+    assert not bad[[0, 2]].any()
+    assert bad[1].all()
+
+
+def test_explicit_positions_are_used(model: Model):
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        counted = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+        return [m(tokens, positions=p).logits for p in (None, counted, counted + 1)]
+
+    none, same, shifted = model.call(run, TOKENS)
+    np.testing.assert_array_equal(same, none)
+    learned = model.model.config.positions == "learned"
+    assert np.array_equal(shifted, none) == (not learned)
+
+
+def test_a_row_beyond_the_learned_positions_is_an_error():
+    model = Decoder(small("gpt"), rngs=nnx.Rngs(0))
+    with pytest.raises(ShapeError, match=r"13 tokens .* 12 learned positions.*context_len"):
+        model(jnp.zeros((1, 13), jnp.int32))
+
+
+def test_a_state_beyond_the_learned_positions_is_nan():
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        first = m(tokens, m.init_state(3, max_len=20))
+        return m(tokens[:, :2], first.state).logits, m(tokens[:, :3], first.state).logits
+
+    fits, beyond = Model("gpt").call(run, TOKENS)
+    assert bool(jnp.all(jnp.isfinite(fits)))
+    assert bool(jnp.all(jnp.isnan(beyond[:, 2])))
+
+
+def test_a_model_without_positions_has_no_longest_row():
+    tokens = jnp.zeros((1, 20), jnp.int32)
+    out = Model("mosaic").call(lambda m, t: m(t).logits, tokens)
+    assert bool(jnp.all(jnp.isfinite(out)))
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "gpt"])
+def test_half_precision_activations(kind: str):
+    narrow, wide = Model(kind, jnp.bfloat16), Model(kind)
+    run = lambda m, t: m(t, m.init_state(3))[:2]  # noqa: E731
+    logits, state = narrow.call(run, TOKENS)
+    assert logits.dtype == jnp.float32
+    widths = {leaf.dtype.name for leaf in jax.tree.leaves(state)}
+    assert "bfloat16" in widths  # caches are kept in the compute dtype
+    expected, _ = wide.call(run, TOKENS)
+    error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
+    assert 1e-5 < error < 5 * BFLOAT16.rms  # four layers deep, each within that budget
+
+
+def test_dropout_of_the_embeddings_needs_rngs():
+    config = dataclasses.replace(small("gpt"), dropout=0.5)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+
+    @jax.jit
+    def run(params: Any, key: jax.Array) -> Any:
+        m = nnx.merge(graph, params)
+        return m(TOKENS).logits, m(TOKENS, rngs=nnx.Rngs(dropout=key)).logits
+
+    still, one = run(params, jax.random.key(0))
+    again, other = run(params, jax.random.key(1))
+    np.testing.assert_array_equal(still, again)
+    assert not np.allclose(one, other)
+    np.testing.assert_array_equal(run(params, jax.random.key(0))[1], one)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dim": 0}, r"model\.dim=0 is not positive"),
+        ({"depth": -1}, r"model\.depth=-1 is not positive"),
+        ({"context_len": 0}, r"model\.context_len=0 is not positive"),
+        ({"vocab_size": -5}, r"model\.vocab_size=-5"),
+        ({"dropout": 1.0}, r"model\.dropout=1\.0 is not in"),
+        (
+            {"mixer": ContextualMemoryConfig(num_heads=3)},
+            r"model\.mixer\.num_heads=3 does not divide model\.dim=16\. Use one of 1, 2, 4, 8",
+        ),
+        (
+            {"feed_forward": PersistentMemoryConfig(num_heads=5)},
+            r"model\.feed_forward\.num_heads=5 does not divide model\.dim=16",
+        ),
+        (
+            {"feed_forward": PersistentMemoryConfig(num_heads=2, memory_size=0)},
+            r"model\.feed_forward\.memory_size=0",
+        ),
+        ({"feed_forward": MLPConfig(hidden_mult=0)}, r"model\.feed_forward\.hidden_mult=0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_configs_that_make_no_sense(change: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(small("mosaic"), **change)
+
+
+def test_chunks_of_no_tokens_make_no_sense():
+    with pytest.raises(ConfigError, match="chunk_size=0"):
+        ContextualMemoryConfig(chunk_size=0)
+
+
+def test_a_vocabulary_must_be_known():
+    config = dataclasses.replace(small("gpt"), vocab_size=0)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 0.*tokenizer"):
+        Decoder(config, rngs=nnx.Rngs(0))

@@ -1,0 +1,77 @@
+"""Normalisations where they are singular, and the gradients written by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.ops.norms import at_least_float32, clamped_exp, l2_normalise, layer_norm
+from tests.helpers.compare import FORWARD, GRADIENT, assert_close
+
+
+def test_l2_normalise_at_and_near_zero():
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-12, 0.0], [3e-9, 4e-9], [3e9, 4e9]])
+    y = [[0.6, 0.8], [0.0, 0.0], [0.0, 0.0], [0.6, 0.8], [0.6, 0.8]]
+    np.testing.assert_allclose(l2_normalise(x), y, rtol=1e-6)
+    grad = jax.grad(lambda x: jnp.sum(l2_normalise(x) * jnp.array([1.0, -1.0])))(x)
+    # (g - y <g, y>) / |x| with g = (1, -1)
+    expected = [[0.224, -0.168], [0.0, 0.0], [0.0, 0.0], [2.24e8, -1.68e8], [2.24e-10, -1.68e-10]]
+    np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+def test_l2_normalise_computes_in_float32():
+    x = jax.random.normal(jax.random.key(0), (4, 64)).astype(jnp.bfloat16)
+    y = l2_normalise(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, l2_normalise(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_layer_norm_and_its_gradient(use_bias: bool):
+    x, weight, bias = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(3, 8), (8,), (8,)])
+    )
+    x = (3.0 * x + 1.0).at[0].set(2.0)  # one row has no variance
+
+    def formula(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        mean, variance = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+        y = (x - mean) / jnp.sqrt(variance + 1e-5) * weight
+        return y + bias if use_bias else y
+
+    def ours(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        return layer_norm(x, weight, bias if use_bias else None)
+
+    def run(function, *args):
+        scalar = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
+        return function(*args), jax.grad(scalar, argnums=(0, 1, 2))(*args)
+
+    y, grads = jax.jit(lambda *a: run(ours, *a))(x, weight, bias)
+    expected_y, expected_grads = jax.jit(lambda *a: run(formula, *a))(x, weight, bias)
+    assert_close(y, expected_y, FORWARD)
+    # The row without variance divides by sqrt(1e-5); its gradient is 300 times the others'.
+    assert_close(grads, expected_grads, GRADIENT)
+
+
+def test_clamped_exp_and_its_gradient():
+    limit = math.log(65535)
+    log_scale = jnp.array([-0.1, 0.1, 1.0, 1.2, 50.0])
+    scale = clamped_exp(log_scale, 1, limit)
+    np.testing.assert_allclose(scale, [math.exp(-1), math.e, math.exp(10), 65535, 65535], rtol=1e-5)
+    grad = jax.grad(lambda s: jnp.sum(clamped_exp(s, 1, limit)))(log_scale)
+    np.testing.assert_allclose(grad[:3], 10 * scale[:3], rtol=1e-5)
+    np.testing.assert_array_equal(grad[3:], 0.0)
+
+
+def test_clamped_exp_clamps_after_the_power():
+    limit = math.log(65535)
+    np.testing.assert_allclose(
+        clamped_exp(jnp.array([0.1, 0.9]), 2, limit), [math.exp(2), 65535], rtol=1e-5
+    )
+
+
+def test_at_least_float32():
+    assert at_least_float32(jnp.ones(1, jnp.bfloat16)).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert at_least_float32(jnp.ones(1, jnp.float64)).dtype == jnp.float64
