@@ -55,7 +55,9 @@ class AttentionState(NamedTuple):
 
 @register("mha", AttentionConfig)
 class Attention(Mixer):
-    """y = W_o · concat_h softmax(q_h K_h^T / sqrt(K)) V_h over the tokens up to each query.
+    """Causal multi-head softmax attention.
+
+    y = W_o · concat_h softmax(q_h K_h^T / sqrt(K)) V_h over the tokens up to each query
 
     Reference: Vaswani et al. 2017, sec. 3.2; nanoGPT `CausalSelfAttention`.
     """
@@ -119,12 +121,6 @@ def _store(
 ) -> tuple[AttentionState, Places]:
     rows = spans(segment_ids, state.segment)
     segments = cache.append(state.segments, segment_ids, state.length, rows.valid)
-    places = Places(
-        query=state.length[:, None] + rows.rank - 1,
-        key=cache.slots(segments),
-        query_segment=rows.segment,
-        key_segment=segments,
-    )
     after = AttentionState(
         keys=cache.append(state.keys, k, state.length, rows.valid),
         values=cache.append(state.values, v, state.length, rows.valid),
@@ -132,4 +128,4 @@ def _store(
         length=state.length + rows.rank[:, -1],
         segment=last_real(segment_ids, rows.valid, state.segment),
     )
-    return after, places
+    return after, cache.places_in_cache(segments, state.length, rows)

@@ -1,10 +1,14 @@
 """The plain feed-forward layer, a mixer with an empty state."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxmem.errors import ConfigError
@@ -13,6 +17,21 @@ from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, dropout
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.shapes import Activations, SegmentIds
+
+
+def exact_gelu(x: Array) -> Array:
+    """Return x Φ(x) by way of erf, as PyTorch does.
+
+    `jax.nn.gelu` goes by way of erfc, which is more accurate far below zero, where the result is
+    below 1e-7 anyway, and takes three times as long on CPU.
+    """
+    return 0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": exact_gelu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +58,9 @@ class MLPConfig(MixerConfig):
 
 @register("mlp", MLPConfig)
 class MLP(Mixer):
-    """y = W_2 gelu(W_1 x), token by token.
+    """Feed-forward layer of two projections, token by token.
+
+    y = W_2 gelu(W_1 x)
 
     Reference: nanoGPT `MLP`.
     """
@@ -69,6 +90,6 @@ class MLP(Mixer):
         implementation: Implementation,
     ) -> MixerOutput:
         """Apply the layer to every token."""
-        hidden = jax.nn.gelu(self.up(x), approximate=self.config.activation == "gelu_tanh")
+        hidden = ACTIVATIONS[self.config.activation](self.up(x))
         y = dropout(self.down(hidden), self.config.dropout, rngs)
         return MixerOutput(y, state, {})

@@ -164,7 +164,9 @@ class ContextualState(NamedTuple):
 
 @register("contextual_memory", ContextualMemoryConfig)
 class ContextualMemory(Mixer):
-    """y_t = W_o Σ_{i<t} softmax_i(s² k_t·k_i) v_i, unit keys k, one-step look-ahead values v.
+    """Memory of the tokens of this context: stores pairs, reads them by kernel regression.
+
+    y_t = W_o Σ_{i<t} softmax_i(s² k_t·k_i) v_i, with unit keys k and look-ahead values v
 
     v_i depends on x_{i+1}, yet only i < t is read, so y_t depends on x up to t. The first token of
     a document reads nothing and gives 0 (plus the bias).
@@ -186,7 +188,7 @@ class ContextualMemory(Mixer):
     ) -> ContextualState:
         """Return an empty memory for `max_len` tokens per row (required)."""
         size = cache.required_len(max_len, "contextual_memory")
-        dtype = self.out.kernel.dtype if dtype is None else dtype
+        dtype = jnp.dtype(self.out.kernel.dtype if dtype is None else dtype)
         heads = self.config.num_heads
         width = self.dim // heads
         shape = (batch, size, heads, width)
@@ -274,13 +276,7 @@ class ContextualMemory(Mixer):
             length=state.length + rows.rank[:, -1],
             segment=last_real(ids, rows.valid, state.segment),
         )
-        places = Places(
-            query=state.length[:, None] + rows.rank - 1,
-            key=cache.slots(segments),
-            query_segment=rows.segment,
-            key_segment=segments,
-        )
-        return after, places
+        return after, cache.places_in_cache(segments, state.length, rows)
 
 
 def _successors(u: Activations, segment_ids: SegmentIds | None) -> Activations:
@@ -302,7 +298,9 @@ class PersistentState(NamedTuple):
 
 @register("persistent_memory", PersistentMemoryConfig)
 class PersistentMemory(Mixer):
-    """y_t = W_o e^{10 s} (1/R) Σ_r Σ_p softmax_p(s_k k_t·K_{r,p}) V_{r,p} over trained pairs.
+    """Memory of trained pairs, read like a context; stands in the place of a feed-forward layer.
+
+    y_t = W_o e^{10 s} (1/R) Σ_r Σ_p softmax_p(s_k k_t·K_{r,p}) V_{r,p}
 
     Stored keys carry no scale of their own, hence the squared scale on the query side (the clamp
     applies after squaring, as upstream).
@@ -328,7 +326,7 @@ class PersistentMemory(Mixer):
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> PersistentState:
         """Return the sums before any token; their size does not depend on `max_len`."""
-        dtype = self.out.kernel.dtype if dtype is None else dtype
+        dtype = jnp.dtype(self.out.kernel.dtype if dtype is None else dtype)
         heads = self.config.num_heads
         sums = init_leaky_state(
             batch, heads, self.dim // heads, dtype=jnp.promote_types(dtype, jnp.float32)

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from jaxmem.errors import ShapeError
 from jaxmem.ops.attention import Places
+from jaxmem.ops.segments import Spans
 from jaxmem.shapes import RowInts, SegmentIds, Valid
 
 
@@ -22,11 +23,6 @@ def append(
     slot = jnp.where(valid & (slot >= 0), slot, size)
     rows = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop")
-
-
-def slots(buffer: Shaped[Array, "B N ..."]) -> Int[Array, "B N"]:
-    """Return the slot number of every entry, the same for each row."""
-    return jnp.broadcast_to(jnp.arange(buffer.shape[1]), buffer.shape[:2])
 
 
 def overrun(length: RowInts, buffer: Shaped[Array, "B N ..."]) -> Bool[Array, "B"]:
@@ -55,3 +51,19 @@ def places_in_row(segment_ids: SegmentIds) -> Places:
     """Return places for packed rows that attend to themselves."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     return Places(index, index, segment_ids, segment_ids)
+
+
+def places_in_cache(segments: Int[Array, "B N"], length: RowInts, rows: Spans) -> Places:
+    """Return places for tokens that attend to a cache into which they have been appended.
+
+    Args:
+      segments: document of each slot, with those of the tokens.
+      length: entries of each row before them.
+      rows: the tokens.
+    """
+    return Places(
+        query=length[:, None] + rows.rank - 1,
+        key=jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape),
+        query_segment=rows.segment,
+        key_segment=segments,
+    )

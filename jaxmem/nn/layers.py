@@ -1,5 +1,7 @@
 """Projection, layer norm, embedding and dropout; each computes in the dtype of its input."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,8 +28,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Apply the projection on the last axis."""
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # One batch axis: the gradient of the kernel is then a plain matrix product, where XLA's CPU
+        # backend otherwise transposes a copy of the cotangent (2.3 against 1.5 ms measured).
+        flat = _merge_leading(x)
+        y = jnp.dot(flat, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class LayerNorm(nnx.Module):
@@ -58,7 +65,13 @@ class Embedding(nnx.Module):
         """Return x · table^T, accumulated in float32 or wider."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         table = self.table[...].astype(x.dtype)
-        return jnp.einsum("...d,xd->...x", x, table, preferred_element_type=wide)
+        y = jnp.einsum("md,xd->mx", _merge_leading(x), table, preferred_element_type=wide)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _merge_leading(x: Float[Array, "... D"]) -> Float[Array, "M D"]:
+    """Merge all axes but the last, also if one of them is empty."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def dropout(x: Shaped[Array, "..."], rate: float, rngs: nnx.Rngs | None) -> Shaped[Array, "..."]:

@@ -73,7 +73,7 @@ def attention(
 
     Reference: Vaswani et al. 2017, eq. 1; Memory Mosaics (arXiv 2405.06394), eq. 4 (lag 1, q = k).
     """
-    if q.shape[2:] != k.shape[2:] or k.shape[:3] != v.shape[:3]:
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or k.shape[:3] != v.shape[:3]:
         raise ShapeError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
             "Expected q [B T H K], k [B S H K], v [B S H V]."

@@ -7,7 +7,6 @@ the same recurrence run on ones. They differ by a positive factor per head and t
 made of them are equal.
 """
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -89,7 +88,7 @@ def leaky_average(
       y in the dtype of x, and the state after the last token.
 
     Raises:
-      ShapeError: x and rate disagree about the number of heads.
+      ShapeError: x and rate disagree about the number of heads, or the state about the scaling.
       UnknownName: no such scaling or implementation.
       KernelUnsupported: the named implementation does not exist.
 
@@ -118,6 +117,11 @@ def leaky_average(
         y = sums
     elif scaling == "scaled":
         y = sums * -jnp.expm1(-rate)[:, None]
+    elif weight is None:
+        raise ShapeError(
+            "leaky_average: the initial state has no weight, which `normalised` carries on. "
+            "Make it with init_leaky_state(..., scaling='normalised')."
+        )
     else:
         ones = jnp.ones((*wide.shape[:3], 1), wide.dtype)
         weights = run(ones, rate, weight, clock, chunk_size)
@@ -182,8 +186,7 @@ def _chunked_sum(x: Array, rate: Array, start: Array, clock: _Clock | None, chun
     return _sums(x, rate, start.astype(x.dtype), ticks, epoch, chunk)[:, :length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _sums(
+def _sums_value(
     x: Array, rate: Array, start: Array, ticks: Array | None, epoch: Array | None, chunk: int
 ) -> Array:
     return _walk(x, rate, start, ticks, epoch, chunk)
@@ -219,6 +222,7 @@ def _sums_backward(chunk: int, residuals: tuple, cotangent: Array) -> tuple:
     return dx, -decay * products, factor[:, :, None] * adjoint[:, 0], None, None
 
 
+_sums = jax.custom_vjp(_sums_value, nondiff_argnums=(5,))
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
@@ -239,7 +243,7 @@ def _walk(
     batch, length, heads, width = x.shape
     number = length // chunk
     split = (batch, number, chunk)
-    if ticks is None:
+    if ticks is None or epoch is None:
         ticks = jnp.broadcast_to(jnp.arange(1, chunk + 1), (1, number, chunk))[:, :1]
         epoch = jnp.zeros_like(ticks)
         tick_before, epoch_before = jnp.zeros_like(ticks[..., 0]), jnp.zeros_like(ticks[..., 0])

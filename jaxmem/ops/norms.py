@@ -1,7 +1,5 @@
 """Normalisations, computed in float32 or better whatever the dtype of the input."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -51,8 +49,7 @@ def layer_norm(
     return y.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _standardise(x: Array, eps: float) -> Array:
+def _standardise_value(x: Array, eps: float) -> Array:
     return _standardise_forward(x, eps)[0]
 
 
@@ -78,6 +75,7 @@ def _standardise_backward(
     return (inverse * (cotangent - mean - y * along),)
 
 
+_standardise = jax.custom_vjp(_standardise_value, nondiff_argnums=(1,))
 _standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
