@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from experiments import cli
+from jaxmem.ops.dispatch import Implementation
 
 PROG = "python -m experiments.doctor"
 
@@ -69,7 +70,7 @@ def main(args: list[str]) -> int:
     return 0 if all(passed) else 1
 
 
-def _passes(name: str, run: Callable[[str], Any]) -> bool:
+def _passes(name: str, run: Callable[[Implementation], Any]) -> bool:
     """Compare the XLA form of an op with its reference and print the verdict."""
     import numpy as np
 
@@ -83,7 +84,7 @@ def _passes(name: str, run: Callable[[str], Any]) -> bool:
     return error <= TOLERANCE
 
 
-def self_tests() -> dict[str, Callable[[str], Any]]:
+def self_tests() -> dict[str, Callable[[Implementation], Any]]:
     """Return ops that can be called with the name of an implementation."""
     import jax
     import jax.numpy as jnp

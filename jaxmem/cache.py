@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between runs, so that a second start is quick."""
+"""The per-user cache folder, and the compiled programs kept there for a quick second start."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,14 @@ MIN_COMPILE_SECONDS = 0.5
 
 
 def cache_dir() -> Path:
-    """Return the per-user cache folder: JAXMEM_CACHE, else XDG_CACHE_HOME/jaxmem, else ~/.cache."""
-    if explicit := os.environ.get("JAXMEM_CACHE"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxmem"
+    """Return the per-user cache folder; nothing is created.
+
+    It is $JAXMEM_CACHE, else $XDG_CACHE_HOME/jaxmem, else ~/.cache/jaxmem.
+    """
+    if chosen := os.environ.get("JAXMEM_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "jaxmem"
 
 
 def enable_compilation_cache() -> Path | None:
@@ -23,8 +26,9 @@ def enable_compilation_cache() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    if chosen:
+        return Path(chosen)
     folder = cache_dir() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -192,17 +192,13 @@ class Decoder(nnx.Module):
         self, tokens: Tokens, state: DecoderState | None, segment_ids: SegmentIds | None
     ) -> tuple[SegmentIds, DecoderState | None]:
         """Return the place of each token in its document, and the state with its counters moved."""
-        if state is None and segment_ids is None:
-            return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None
-        start = None if state is None else state.position
-        segment = None if state is None else state.segment
-        ids = segment_ids
-        if segment is not None:
-            ids = continued(segment_ids, segment, tokens.shape[1])
-        rows = spans(ids, segment)
-        places = positions_in_segment(rows, start)
         if state is None:
-            return places, None
+            if segment_ids is None:
+                return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None
+            return positions_in_segment(spans(segment_ids)), None
+        ids = continued(segment_ids, state.segment, tokens.shape[1])
+        rows = spans(ids, state.segment)
+        places = positions_in_segment(rows, state.position)
         return places, state._replace(
             position=last_real(places + 1, rows.valid, state.position),
             segment=last_real(ids, rows.valid, state.segment),

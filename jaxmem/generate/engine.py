@@ -8,7 +8,7 @@ most ``context_len`` tokens; when a row's state is full, the row starts afresh f
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,31 @@ PREFILL_CHUNK = 256  # bounds the logits of a prefill to [B, 256, X] whatever th
 
 # Called with the new tokens of every row since the last call; returns the rows to finish, or None.
 OnTokens = Callable[[list[np.ndarray]], Sequence[int] | None]
+
+
+class _Config(Protocol):
+    @property
+    def context_len(self) -> int: ...
+
+
+class LanguageModel(Protocol):
+    """The part of `jaxmem.backbones.decoder.Decoder` that generation uses."""
+
+    @property
+    def config(self) -> _Config:
+        """What says how many tokens a state may hold."""
+        ...
+
+    def init_state(self, batch: int, *, max_len: int) -> Any:
+        """Return the state before any token."""
+
+    def __call__(
+        self, tokens: Array, state: Any = None, *, segment_ids: Array | None = None
+    ) -> Any:
+        """Run a row of tokens; returns ``.logits`` [B T X] and ``.state``."""
+
+    def step(self, tokens: Array, state: Any, *, segment_ids: Array | None = None) -> Any:
+        """Run one token per row; returns ``.logits`` [B X] and ``.state``."""
 
 
 class _Loop(NamedTuple):
@@ -45,7 +70,7 @@ def restart_tokens(tokens: Sequence[int], context_len: int) -> Sequence[int]:
 
 
 def generate(
-    model: nnx.Module | tuple[nnx.GraphDef, Any],
+    model: LanguageModel | tuple[nnx.GraphDef[LanguageModel], Any],
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
@@ -87,7 +112,7 @@ def generate(
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ConfigError("Cannot generate from an empty prompt. Give each row at least one token.")
     graphdef, params = model if isinstance(model, tuple) else nnx.split(model)
-    context_len: int = nnx.merge(graphdef, params).config.context_len
+    context_len = nnx.merge(graphdef, params).config.context_len
     numbers = jnp.asarray(range(len(prompts)) if rows is None else rows, jnp.int32)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers)
     texts = [[int(t) for t in prompt] for prompt in prompts]
@@ -97,7 +122,7 @@ def generate(
     run = _cached if use_cache else _recomputed
     plan = _Plan(sampling, tuple(stop_tokens), num_tokens, context_len)
     starts = [len(t) for t in texts]
-    run(graphdef, params, texts, windows, keys, max_new_tokens, plan, on_tokens)
+    run(_Job(graphdef, params, texts, windows, keys, max_new_tokens, plan, on_tokens))
     return [np.asarray(t[s:], np.int32) for t, s in zip(texts, starts, strict=True)]
 
 
@@ -110,17 +135,22 @@ class _Plan(NamedTuple):
     context_len: int
 
 
-def _cached(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    texts: list[list[int]],
-    windows: list[Sequence[int]],
-    keys: PRNGKeyArray,
-    max_new_tokens: int,
-    plan: _Plan,
-    on_tokens: OnTokens | None,
-) -> None:
-    """Extend ``texts`` with the incremental state."""
+class _Job(NamedTuple):
+    """What both ways to generate start from; they extend ``texts`` in place."""
+
+    graphdef: nnx.GraphDef[LanguageModel]
+    params: Any
+    texts: list[list[int]]
+    windows: list[Sequence[int]]
+    keys: PRNGKeyArray
+    max_new_tokens: int
+    plan: _Plan
+    on_tokens: OnTokens | None
+
+
+def _cached(job: _Job) -> None:
+    """Extend the job's texts with the incremental state."""
+    graphdef, params, texts, windows, keys, max_new_tokens, plan, on_tokens = job
     loop = _empty_loop(graphdef, params, len(texts), plan.context_len)
     refill = windows
     done = np.zeros(len(texts), bool)
@@ -144,19 +174,11 @@ def _cached(
         ]
 
 
-def _recomputed(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    texts: list[list[int]],
-    windows: list[Sequence[int]],
-    keys: PRNGKeyArray,
-    max_new_tokens: int,
-    plan: _Plan,
-    on_tokens: OnTokens | None,
-) -> None:
-    """Extend ``texts`` by a full forward pass over each row's window for every token."""
+def _recomputed(job: _Job) -> None:
+    """Extend the job's texts by a full forward pass over each row's window for every token."""
+    graphdef, params, texts, _, keys, max_new_tokens, plan, on_tokens = job
     starts = [len(t) for t in texts]
-    windows = [list(w) for w in windows]
+    windows = [list(w) for w in job.windows]
     done = np.zeros(len(texts), bool)
     while not done.all():
         lengths = np.asarray([len(w) for w in windows], np.int32)
@@ -216,7 +238,9 @@ def _pad(rows: Sequence[Sequence[int]], context_len: int) -> tuple[np.ndarray, n
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "context_len"))
-def _empty_loop(graphdef: nnx.GraphDef, params: Any, batch: int, context_len: int) -> _Loop:
+def _empty_loop(
+    graphdef: nnx.GraphDef[LanguageModel], params: Any, batch: int, context_len: int
+) -> _Loop:
     model = nnx.merge(graphdef, params)
     state = model.init_state(batch, max_len=context_len)
     logits = jax.eval_shape(lambda: model.step(jnp.zeros(batch, jnp.int32), state).logits)
@@ -235,7 +259,7 @@ def _empty_loop(graphdef: nnx.GraphDef, params: Any, batch: int, context_len: in
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "context_len"), donate_argnames=("loop",))
 def _refill(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[LanguageModel],
     params: Any,
     tokens: Int[Array, "N B C"],
     lengths: Int[Array, "B"],
@@ -276,7 +300,7 @@ def _refill(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"), donate_argnames=("loop",))
 def _decode_block(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[LanguageModel],
     params: Any,
     keys: PRNGKeyArray,
     max_new_tokens: Int[Array, ""] | int,
@@ -320,7 +344,7 @@ def _decode_block(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "plan"))
 def _forward_and_draw(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[LanguageModel],
     params: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxmem.data.tokenizers import Tokenizer
 from jaxmem.errors import DataError
-from jaxmem.generate.engine import generate
+from jaxmem.generate.engine import LanguageModel, generate
 from jaxmem.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"  # what decoding shows for the first bytes of a longer character
@@ -76,7 +76,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def generate_text(
-    model: nnx.Module | tuple[nnx.GraphDef, Any],
+    model: LanguageModel | tuple[nnx.GraphDef[LanguageModel], Any],
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

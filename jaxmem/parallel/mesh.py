@@ -44,7 +44,7 @@ def parse_mesh(text: str) -> dict[str, int]:
       UnknownName: an axis is none of `data fsdp tensor seq`.
       ConfigError: the text is malformed, or names an axis that cannot be split yet.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     seen: set[str] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         axis, equals, value = part.partition("=")

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxmem.reports.tables import human_bytes, markdown_table
+from jaxmem.reports.tables import markdown_table
 from jaxmem.training.config import RunConfig, diff
+from jaxmem.training.console import human_bytes
 from jaxmem.training.layout import flat_params
 
 
@@ -45,11 +46,10 @@ def run_card(
       model: with the final parameters.
     """
     changes = [] if preset is None else diff(preset, config)
-    difference = (
-        markdown_table(("field", "preset", "here"), [map(_code, change) for change in changes])
-        if changes
-        else "The preset, unchanged."
-    )
+    difference = "The preset, unchanged."
+    if changes:
+        cells = [tuple(map(_code, change)) for change in changes]
+        difference = markdown_table(("field", "preset", "here"), cells)
     parts = [
         f"# {config.run.name or config.run.folder.name}",
         f"```\n{command}\n```",

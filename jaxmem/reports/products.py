@@ -7,8 +7,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from jaxmem.backbones.decoder import Decoder
 from jaxmem.data.tokenizers import Tokenizer
 from jaxmem.errors import DataError
+from jaxmem.generate.engine import LanguageModel
 from jaxmem.generate.sampling import Sampling
 from jaxmem.generate.text import first_tokens, generate_text
 from jaxmem.reports.card import run_card
@@ -26,7 +28,7 @@ FILES = ("plots/loss.png", "samples.txt", "run.md")
 def make_products(
     config: RunConfig,
     preset: RunConfig | None,
-    model: nnx.Module,
+    model: Decoder,
     tokenizer: Tokenizer,
     *,
     command: str,
@@ -75,7 +77,7 @@ def missing_products(folder: Path) -> bool:
     return not all((folder / name).is_file() for name in FILES)
 
 
-def sample_texts(config: RunConfig, model: nnx.Module, tokenizer: Tokenizer) -> list[str]:
+def sample_texts(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> list[str]:
     """Draw `run.samples` texts from an empty prompt, by the seed's own stream."""
     if not (config.run.samples and config.run.sample_tokens):
         return []

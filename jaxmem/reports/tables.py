@@ -8,6 +8,7 @@ from flax import nnx
 from jaxmem.mixers.base import MixerConfig, config_class, mixer_class, names
 from jaxmem.nn.init import gpt2_init
 from jaxmem.training.config import RunConfig
+from jaxmem.training.console import human_bytes
 
 ZOO_DIM = 512
 """Width at which the zoo table states the size of a state."""
@@ -57,12 +58,3 @@ def _state(name: str) -> str:
     if sizes[0] == sizes[-1]:
         return f"{human_bytes(sizes[0])}, constant"
     return " / ".join(map(human_bytes, sizes))
-
-
-def human_bytes(number: float) -> str:
-    """Write a size as `512 B`, `1.5 KiB`, `2.0 MiB`, and so on."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"

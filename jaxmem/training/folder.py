@@ -29,6 +29,7 @@ OURS = frozenset(
         "unreadable_checkpoints",
         "plots",
         "samples.txt",
+        "evaluate.json",
         "run.md",
         "log.txt",
         "wandb",

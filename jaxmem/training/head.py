@@ -7,10 +7,12 @@ import jax
 from jax.sharding import Mesh
 
 import jaxmem
+from jaxmem.backbones.decoder import Decoder
 from jaxmem.ops.dispatch import explain_all
 from jaxmem.parallel.mesh import describe_mesh
 from jaxmem.parallel.rules import describe_shardings
 from jaxmem.training.config import RunConfig, diff
+from jaxmem.training.console import human_bytes
 from jaxmem.training.folder import git_revision
 from jaxmem.training.layout import ModelParts
 from jaxmem.training.optim import decay_groups
@@ -23,7 +25,9 @@ def overrides(config: RunConfig, preset: RunConfig | None) -> list[str]:
     return [f"overrides  {text or 'none'}"]
 
 
-def head(config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelParts) -> list[str]:
+def head(
+    config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelParts[Decoder]
+) -> list[str]:
     """Return the lines that are known before the step is compiled."""
     revision = git_revision()
     shapes = {name: leaf.shape for name, leaf in parts.layout.shapes.items()}
@@ -50,7 +54,9 @@ def head(config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelPa
         lambda single: jax.tree.leaves(parts.merge_single(single).init_state(1)),
         dict(parts.layout.shapes),
     )
-    lines.append(f"state      {_bytes(_size(state))} per sequence of {config.model.context_len}")
+    lines.append(
+        f"state      {human_bytes(_size(state))} per sequence of {config.model.context_len}"
+    )
     return lines
 
 
@@ -61,8 +67,8 @@ def compiled_lines(compiled: Any) -> list[str]:
     if memory is not None:
         held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         lines.append(
-            f"memory     {_bytes(held)} parameters, optimiser and batch + {_bytes(temporary)} "
-            "temporary, per device"
+            f"memory     {human_bytes(held)} parameters, optimiser and batch + "
+            f"{human_bytes(temporary)} temporary, per device"
         )
     cost = compiled.cost_analysis() or {}
     if flops := cost.get("flops"):
@@ -77,11 +83,3 @@ def _some(names: Sequence[str]) -> str:
 
 def _size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ Params = dict[str, jax.Array]
 """Arrays by dotted name."""
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nnx.Module)
 
 _LAYER = re.compile(r"(^|\.)\d+(?=\.|$)")
 
@@ -81,7 +82,7 @@ class Layout:
     def stack(self, single: Params) -> Params:
         """Join single parameters into the arrays of the train state."""
         return {
-            key: jnp.stack([single[name] for name in names]) if len(names) > 1 else single[names[0]]
+            key: single[names[0]] if len(names) == 1 else jnp.stack([single[n] for n in names])
             for key, names in self.groups.items()
         }
 
@@ -99,7 +100,9 @@ class Layout:
         """Apply `fn` to the shape of a single parameter of every array of the train state."""
         return {key: fn(self.shapes[names[0]].shape) for key, names in self.groups.items()}
 
-    def map_params(self, fn: Callable[[Params], Params], tree: Any, names: Any) -> Any:
+    def map_params(
+        self, fn: Callable[[Params], Mapping[str, object]], tree: Any, names: Any
+    ) -> Any:
         """Apply `fn` to every dict in the tree whose keys are exactly `names`."""
         keys = set(names)
 
@@ -110,19 +113,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class ModelParts(Generic[M]):
     """A model taken apart once: its graph, the names of its parameters, and their layout."""
 
-    graphdef: Any
+    graphdef: nnx.GraphDef[M]
     paths: Mapping[str, tuple[Any, ...]]
     layout: Layout
 
-    def merge_single(self, single: Params) -> nnx.Module:
+    def merge_single(self, single: Params) -> M:
         """Build the model around parameters given by their single names."""
         nested = traverse_util.unflatten_dict({self.paths[name]: x for name, x in single.items()})
         return nnx.merge(self.graphdef, nested)
 
-    def merge(self, stacked: Params) -> nnx.Module:
+    def merge(self, stacked: Params) -> M:
         """Build the model around the arrays of a train state."""
         return self.merge_single(self.layout.unstack(stacked))
 
@@ -140,16 +143,14 @@ def flat_params(model: nnx.Module) -> tuple[Any, dict[tuple[Any, ...], Any]]:
     return graphdef, traverse_util.flatten_dict(nnx.to_pure_dict(params))
 
 
-def take_apart(make: Callable[[nnx.Rngs], nnx.Module]) -> ModelParts:
+def take_apart(make: Callable[[nnx.Rngs], M]) -> ModelParts[M]:
     """Build the model abstractly (no arrays are allocated) and take it apart."""
     graphdef, flat = flat_params(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     paths = {".".join(map(str, path)): path for path in flat}
     return ModelParts(graphdef, paths, Layout({n: flat[path] for n, path in paths.items()}))
 
 
-def init_params(
-    make: Callable[[nnx.Rngs], nnx.Module], parts: ModelParts, key: jax.Array
-) -> Params:
+def init_params(make: Callable[[nnx.Rngs], M], parts: ModelParts[M], key: jax.Array) -> Params:
     """Initialise the parameters, stacked; under jit with shardings each device makes its share."""
     _, flat = flat_params(make(nnx.Rngs(params=key)))
     return parts.layout.stack({name: flat[path] for name, path in parts.paths.items()})

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxmem.errors import NonFiniteLoss
 from jaxmem.parallel.mesh import replicated
-from jaxmem.training.checkpoint import Checkpoints, Meta, StateFormat
+from jaxmem.training.checkpoint import Checkpoints, Meta
 from jaxmem.training.config import RunConfig
 from jaxmem.training.console import RunLog, progress_text
 from jaxmem.training.feed import Batch, EvalSet, Feed
@@ -24,6 +24,7 @@ from jaxmem.training.guard import NonFiniteGuard
 from jaxmem.training.layout import Params
 from jaxmem.training.metrics import JsonlFile, NoFile, Row, Writer, peak_bytes
 from jaxmem.training.state import TrainState, empty_interval
+from jaxmem.training.state_format import StateFormat
 from jaxmem.training.step import Report
 from jaxmem.training.stopping import StopRequest
 
@@ -145,7 +146,7 @@ class Loop:
         row: Row = {"step": self.step, "tokens": self.tokens}
         if count:
             row["train_loss"] = float(interval.loss / count)
-            row["lr"] = float(self.parts.schedule(self.step - 1))
+            row["lr"] = float(np.asarray(self.parts.schedule(self.step - 1)))
             row["grad_norm"] = float(interval.grad_norm)
             row |= {f"aux/{name}": float(x / count) for name, x in interval.aux.items()}
         if evaluated:

@@ -57,7 +57,8 @@ class JsonlFile:
                     f"{path.name} has {size} bytes, the checkpoint counted {position}: it was "
                     "shortened since, so rows before this step are missing."
                 )
-                position = _last_newline(self._file.seek(0) or self._file.read())
+                self._file.seek(0)
+                position = _last_newline(self._file.read())
             self._file.truncate(position)
             self._file.seek(position)
 
@@ -105,7 +106,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, resume_step: int | None):
         """Open an event file; on resume, later points of earlier files are marked as void."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes the names when imported
 
         self._folder = folder
         with disk_errors(folder):
@@ -119,8 +120,8 @@ class TensorBoard:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add the row's scalars."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes the names when imported
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes the names when imported
 
         values = [
             Summary.Value(tag=_tag(name), simple_value=value)
@@ -154,7 +155,7 @@ class WandB:
           MissingExtra: wandb is not installed.
         """
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]: an extra, absent by default
         except ImportError as err:
             raise MissingExtra(
                 "`run.wandb` needs Weights & Biases, which is not installed. "

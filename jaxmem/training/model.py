@@ -28,7 +28,7 @@ class Model:
 
     config: DecoderConfig
     compute_dtype: jnp.dtype
-    parts: ModelParts = dataclasses.field(init=False)
+    parts: ModelParts[Decoder] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", take_apart(self.make))
@@ -58,7 +58,7 @@ class LoadedRun(NamedTuple):
     """A trained model and what belongs to it."""
 
     config: RunConfig
-    model: nnx.Module
+    model: Decoder
     tokenizer: Any
     step: int
     """Updates that the parameters have seen."""

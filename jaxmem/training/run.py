@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmem.backbones.decoder import Decoder
 from jaxmem.cache import enable_compilation_cache
 from jaxmem.parallel.mesh import build_mesh
 from jaxmem.tasks.language_modeling import language_model_loss
 from jaxmem.training import folder as run_folder
-from jaxmem.training.checkpoint import Checkpoints, Meta, StateFormat
+from jaxmem.training.checkpoint import Checkpoints, Meta
 from jaxmem.training.config import RunConfig, to_dict
 from jaxmem.training.console import RunLog
 from jaxmem.training.disk import disk_errors
@@ -26,6 +26,7 @@ from jaxmem.training.metrics import JsonlFile, NoFile, TensorBoard, WandB, Write
 from jaxmem.training.model import Model
 from jaxmem.training.optim import adamw, decays, learning_rate
 from jaxmem.training.state import StateInit, TrainState, stream_seed
+from jaxmem.training.state_format import StateFormat
 from jaxmem.training.step import Steps
 from jaxmem.training.stopping import StopRequest
 
@@ -41,7 +42,7 @@ class TrainResult(NamedTuple):
     stopped: Literal["finished", "preempted", "already finished"]
 
 
-AtEnd = Callable[[TrainResult, nnx.Module, Any], None]
+AtEnd = Callable[[TrainResult, Decoder, Any], None]
 """Called after the last update with the result, the trained model and the tokenizer."""
 
 
@@ -232,7 +233,7 @@ def _writers(
 def _finish(
     config: RunConfig,
     end: LoopEnd,
-    parts: ModelParts,
+    parts: ModelParts[Decoder],
     corpus: Any,
     log: RunLog,
     at_end: AtEnd | None,

@@ -17,19 +17,23 @@ NEVER = -1
 """`first_bad_step` as long as every update was finite."""
 
 
+Sum = jax.Array | np.ndarray
+"""A number of an interval: on the device while updates add to it, else on the host."""
+
+
 class Interval(NamedTuple):
     """Sums over the updates since the last row of metrics; kept on the device, and in checkpoints.
 
     A run resumed between two rows therefore writes the same next row as one that never stopped.
     """
 
-    loss: jax.Array
+    loss: Sum
     """Sum of the cross-entropy, float32."""
-    tokens: jax.Array
+    tokens: Sum
     """Scored tokens, int32."""
-    grad_norm: jax.Array
+    grad_norm: Sum
     """Global gradient norm before clipping at the last update, float32."""
-    aux: dict[str, jax.Array]
+    aux: dict[str, Sum]
     """The model's aux entries times scored tokens, summed, float32."""
 
 

@@ -2,13 +2,17 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 import numpy as np
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: try again)."""
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -18,7 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._name = ""
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     @property
     def name(self) -> str:
@@ -60,5 +64,5 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._before = {}
