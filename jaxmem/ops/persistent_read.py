@@ -1,5 +1,7 @@
 """Read of a persistent memory: softmax over stored key/value pairs, averaged over banks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -91,9 +93,19 @@ def _read(q: Array, keys: Array, values: Array, scale: Array, kept: Array | None
     return _read_forward(q, keys, values, scale, kept)[0]
 
 
+class _Residuals(NamedTuple):
+    q: Array  # [H K M]
+    keys: Array  # [H P K]
+    values: Array  # [H P V]
+    scale: Array  # [H]
+    kept: Array | None  # [H P M]
+    weights: Array  # [H P M]
+    y: Array  # [H V M]
+
+
 def _read_forward(
     q: Array, keys: Array, values: Array, scale: Array, kept: Array | None
-) -> tuple[Array, tuple[Array | None, ...]]:
+) -> tuple[Array, _Residuals]:
     """Keep the weights pair-major, [H P M].
 
     Then all six products of a training step contract an axis that is contiguous or leading. With
@@ -107,12 +119,10 @@ def _read_forward(
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
     read = (weights if kept is None else weights * kept.astype(weights.dtype)).astype(values.dtype)
     y = jnp.einsum("hpv,hpm->hvm", values, read, preferred_element_type=scale.dtype)
-    return y, (q, keys, values, scale, kept, weights, y)
+    return y, _Residuals(q, keys, values, scale, kept, weights, y)
 
 
-def _read_backward(
-    residuals: tuple[Array | None, ...], cotangent: Array
-) -> tuple[Array | None, ...]:
+def _read_backward(residuals: _Residuals, cotangent: Array) -> tuple[Array | None, ...]:
     """Apply ds = w (dw - <dy, y>), where <dy, y> = Σ_p w dw needs no pass over the weights.
 
     The gradient of the scale is Σ <q, dq> before scaling, which needs no pass either.
@@ -159,4 +169,4 @@ def _reference(
             by_row = kept[bank].reshape(*kept.shape[1:3], batch, length)
             weights = weights * jnp.transpose(by_row, (2, 0, 3, 1)).astype(weights.dtype)
         reads.append(jnp.einsum("bhtp,hpv->bthv", weights, values[bank].astype(wide.dtype)))
-    return (sum(reads) / len(reads)).astype(values.dtype)
+    return (sum(reads[1:], reads[0]) / len(reads)).astype(values.dtype)

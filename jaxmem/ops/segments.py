@@ -43,7 +43,7 @@ def spans(segment_ids: SegmentIds, initial: RowInts | None = None) -> Spans:
     carried = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1)
     segment = jnp.where(last >= 0, carried, initial[:, None])
     before = jnp.concatenate([initial[:, None], segment[:, :-1]], axis=1)
-    return Spans(valid, segment, segment != before, jnp.cumsum(valid, axis=1))
+    return Spans(valid, segment, segment != before, jnp.cumsum(valid, axis=1, dtype=jnp.int32))
 
 
 def next_real(valid: Valid) -> Int[Array, "B T"]:

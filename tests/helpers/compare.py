@@ -15,8 +15,11 @@ class Budget(NamedTuple):
     """How far two computations of one thing may be apart."""
 
     rtol: float
+    """Of an element, relative to itself."""
     atol: float
+    """Of an element, relative to the largest of its array (absolute where all are zero)."""
     rms: float
+    """Of the whole array: ‖a − b‖ / ‖b‖."""
 
 
 # Each line is about three times the largest error measured in the tests that use it
@@ -39,6 +42,7 @@ def assert_close(actual: Any, expected: Any, budget: Budget = FORWARD) -> None:
     for (path, wanted), leaf in zip(paths, jax.tree.leaves(actual), strict=True):
         a, b = np.asarray(leaf, np.float64), np.asarray(wanted, np.float64)
         where = jax.tree_util.keystr(path)
-        chex.assert_trees_all_close(a, b, rtol=budget.rtol, atol=budget.atol, custom_message=where)
+        atol = budget.atol * (np.max(np.abs(b), initial=0.0) or 1.0)
+        chex.assert_trees_all_close(a, b, rtol=budget.rtol, atol=atol, custom_message=where)
         error = rms_error(a, b)
         assert error <= budget.rms, f"{where}: relative RMS error {error:.2e} > {budget.rms:.0e}"
