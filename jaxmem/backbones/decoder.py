@@ -13,7 +13,7 @@ from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.base import Form, MixerConfig
 from jaxmem.nn.cache import continued
 from jaxmem.nn.init import gpt2_init
-from jaxmem.nn.layers import Embedding, LayerNorm, dropout
+from jaxmem.nn.layers import Embedding, LayerNorm, check_dropout, dropout
 from jaxmem.ops.segments import last_real, positions_in_segment, spans
 from jaxmem.shapes import RowInts, SegmentIds, Tokens, TokensAt
 
@@ -50,8 +50,7 @@ class DecoderConfig:
             raise ConfigError(
                 f"model.vocab_size={self.vocab_size}. Use 0 for the tokenizer's size."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"model.dropout={self.dropout} is not in [0, 1).")
+        check_dropout(self.dropout, "model")
         self.mixer.check(self.dim, "model.mixer")
         self.feed_forward.check(self.dim, "model.feed_forward")
 

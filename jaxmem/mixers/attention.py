@@ -14,7 +14,7 @@ from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
 from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init
-from jaxmem.nn.layers import Linear, dropout, weight_dropout
+from jaxmem.nn.layers import Linear, check_dropout, dropout, weight_dropout
 from jaxmem.ops.attention import Places, attention
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.segments import last_real, poison_rows, spans
@@ -36,8 +36,9 @@ class AttentionConfig(MixerConfig):
     """Biases in the projections."""
 
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless the heads divide the width."""
+        """Raise ConfigError unless the heads divide the width and the dropout is a share."""
         check_heads(dim, self.num_heads, path)
+        check_dropout(self.dropout, path)
 
 
 class AttentionState(NamedTuple):

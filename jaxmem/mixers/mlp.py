@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxmem.errors import ConfigError
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
 from jaxmem.nn.init import Init
-from jaxmem.nn.layers import Linear, dropout
+from jaxmem.nn.layers import Linear, check_dropout, dropout
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.shapes import Activations, SegmentIds
 
@@ -51,9 +51,10 @@ class MLPConfig(MixerConfig):
     """Biases in the projections."""
 
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless the hidden width is positive."""
+        """Raise ConfigError unless the hidden width is positive and the dropout is a share."""
         if self.hidden_mult < 1:
             raise ConfigError(f"{path}.hidden_mult={self.hidden_mult} is not positive. Use 4.")
+        check_dropout(self.dropout, path)
 
 
 @register("mlp", MLPConfig)

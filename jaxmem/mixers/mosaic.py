@@ -23,7 +23,7 @@ from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
 from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init, decay_ladder, uniform_per_head
-from jaxmem.nn.layers import Linear, dropout, weight_dropout
+from jaxmem.nn.layers import Linear, check_dropout, dropout, weight_dropout
 from jaxmem.ops.attention import Places, attention
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.leaky_average import LeakyState, decay_rate, init_leaky_state, leaky_average
@@ -53,8 +53,9 @@ class ContextualMemoryConfig(MixerConfig):
     """Biases in the projections."""
 
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless the heads divide the width."""
+        """Raise ConfigError unless the heads divide the width and the dropout is a share."""
         check_heads(dim, self.num_heads, path)
+        check_dropout(self.dropout, path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,9 @@ class PersistentMemoryConfig(MixerConfig):
     """Biases in the projections."""
 
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless the heads divide the width and the tables are not empty."""
+        """Raise ConfigError unless heads, tables and dropout make sense at this width."""
         check_heads(dim, self.num_heads, path)
+        check_dropout(self.dropout, path)
         for field in ("memory_size", "num_banks"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{path}.{field}={getattr(self, field)}. Use 1 or more.")

@@ -10,6 +10,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
+from jaxmem.errors import ConfigError
 from jaxmem.ops.attention import Dropout
 from jaxmem.ops.norms import layer_norm
 
@@ -67,6 +68,14 @@ class Embedding(nnx.Module):
         table = self.table[...].astype(x.dtype)
         y = jnp.einsum("md,xd->mx", _merge_leading(x), table, preferred_element_type=wide)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def check_dropout(rate: float, path: str) -> None:
+    """Raise ConfigError unless `rate` is a probability below 1; `path` names the field's owner."""
+    if not 0.0 <= rate < 1.0:
+        raise ConfigError(
+            f"{path}.dropout={rate} is not in [0, 1). Use 0 for none, or a share such as 0.1."
+        )
 
 
 def _merge_leading(x: Float[Array, "... D"]) -> Float[Array, "M D"]:

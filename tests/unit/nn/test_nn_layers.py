@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxmem.errors import ConfigError, ShapeError
+from jaxmem.mixers.base import config_class
 from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import decay_ladder, gpt2_init, uniform_per_head
@@ -115,3 +116,11 @@ def test_continued_documents():
     np.testing.assert_array_equal(cache.continued(None, segment, 2), [[1, 1], [7, 7]])
     given = jnp.array([[3, 0], [0, 0]])
     assert cache.continued(given, segment, 2) is given
+
+
+@pytest.mark.parametrize("name", ["contextual_memory", "persistent_memory", "mha", "mlp"])
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_dropout_must_be_a_share(name: str, rate: float):
+    config = config_class(name)(dropout=rate)
+    with pytest.raises(ConfigError, match=r"model\.mixer\.dropout=.*\[0, 1\)"):
+        config.check(32, "model.mixer")
