@@ -8,11 +8,12 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxmem.errors import ConfigError, unknown_name
+from jaxmem.errors import ConfigError, JaxmemError, UnknownName, unknown_name
 
 if TYPE_CHECKING:
     from jaxmem.training.config import RunConfig
@@ -43,7 +44,7 @@ def describe(name: str) -> Description:
       UnknownName: there is no such preset.
     """
     if name not in names():
-        raise unknown_name("config", name, names())
+        raise _unknown(name)
     text = ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text("utf-8"))) or ""
     fields: dict[str, str] = {}
     paragraph = "purpose"
@@ -64,25 +65,57 @@ def load(name_or_path: str) -> "RunConfig":
 
     Raises:
       UnknownName: there is no preset of that name.
-      ConfigError: the file is missing, or is not a configuration.
+      ConfigError: the file is missing, raises an error, or is not a configuration.
     """
     path = Path(name_or_path)
     if path.suffix not in (".py", ".json"):
         if name_or_path not in names():
-            raise unknown_name("config", name_or_path, names())
+            raise _unknown(name_or_path)
         return _named(importlib.import_module(f"configs.{name_or_path}"), name_or_path)
     if not path.is_file():
         raise ConfigError(f"There is no file {path}. Give --config a preset's name or a file.")
     if path.suffix == ".py":
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{path} cannot be imported.")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return _named(module, path.stem)
+        return _named(_run_file(path), path.stem)
     from jaxmem.training.config import from_json
 
-    return from_json(path.read_text("utf-8"), name=str(path))
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}. Give a saved config.json.") from error
+    return from_json(text, name=str(path))
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Run a file of the user.
+
+    Raises:
+      ConfigError: it raised something; the message names its line.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if _is(f, path)]
+        what = str(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
+            lines, what = [error.lineno], error.msg
+        where = f", line {lines[-1]}" if lines else ""
+        kind = "" if isinstance(error, JaxmemError) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"{path}{where}: {kind}{what.rstrip('.')}. Mend the file; --debug shows the traceback."
+        ) from error
+    return module
+
+
+def _is(frame: traceback.FrameSummary, path: Path) -> bool:
+    return frame.filename == str(path.absolute())
+
+
+def _unknown(name: str) -> UnknownName:
+    return UnknownName(f"{unknown_name('config', name, names())} --list shows all.")
 
 
 def _named(module: ModuleType, name: str) -> "RunConfig":

@@ -8,9 +8,10 @@ import dataclasses
 import difflib
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from jaxmem.errors import ConfigError, JaxmemError
 
@@ -21,7 +22,15 @@ USER_ERROR = 2
 PREEMPTED = 75
 
 # Errors of the machine that the user can mend; anything else from the system is a crash.
-_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_FREE, _OPEN = "Free some space", "Make it readable and writable"
+_REMEDIES = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EACCES: _OPEN,
+    errno.EPERM: _OPEN,
+    errno.EROFS: _OPEN,
+    errno.ENOTDIR: "Remove the file that is in the way",
+}
 
 _COMMON = {
     "--config": "a preset's name, a .py file that defines `config`, or a saved config.json",
@@ -58,11 +67,11 @@ def run(verb: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
             raise
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if debug or error.errno not in _MENDABLE:
+        if debug or error.errno not in _REMEDIES:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        reason = os.strerror(error.errno)
-        print(f"error: {reason}{where}. Mend that or choose another folder.", file=sys.stderr)
+        remedy = f"{_REMEDIES[error.errno]}, or choose another folder (of a new run: --run.dir)."
+        print(f"error: {os.strerror(error.errno)}{where}. {remedy}", file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(USER_ERROR)
@@ -104,9 +113,9 @@ def parse_run(args: list[str], prog: str) -> Parsed:
     """Parse ``--config``, ``--mixer`` and the dotted overrides; stop here for --help and the like.
 
     Raises:
-      ConfigError: no preset is named, or the values do not fit together.
+      ConfigError: no preset is named, an argument cannot be parsed, or values do not fit together.
       UnknownName: there is no such preset or mixer.
-      SystemExit: after --help and --print-config (0), or an argument that cannot be parsed (2).
+      SystemExit: after --help and --print-config.
     """
     name = pop_value(args, "--config")
     if name is None:
@@ -120,10 +129,12 @@ def parse_run(args: list[str], prog: str) -> Parsed:
 
     preset = configs.load(name)
     default = preset if mixer is None else with_mixer(preset, mixer)
+    if mixer is not None:
+        _say_replaced(preset, default)
     config = parse(
         type(preset),
         args,
-        prog=f"{prog} --config {name}",
+        prog=f"{prog} --config {shlex.quote(name)}",
         default=default,
         description=_flags(),
     )
@@ -146,17 +157,10 @@ def parse(
     default: T | None = None,
     description: str | None,
 ) -> T:
-    """Parse ``args`` into the dataclass ``kind``; tyro explains mistakes and exits with 2."""
-    import tyro
+    """Parse ``args`` into the dataclass ``kind``; see `experiments.parsing`."""
+    from experiments import parsing  # imports tyro, which --list does without
 
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[kind],
-        args=args,
-        prog=prog,
-        description=description,
-        **given,
-    )
+    return parsing.parse(kind, args, prog=prog, default=default, description=description)
 
 
 def with_mixer(preset: "RunConfig", name: str) -> "RunConfig":
@@ -173,6 +177,14 @@ def with_mixer(preset: "RunConfig", name: str) -> "RunConfig":
     shared = {f.name for f in dataclasses.fields(old)} & {f.name for f in dataclasses.fields(new)}
     mixer = new(**{field: getattr(old, field) for field in shared})
     return dataclasses.replace(preset, model=dataclasses.replace(preset.model, mixer=mixer))
+
+
+def _say_replaced(preset: "RunConfig", config: "RunConfig") -> None:
+    """Name what --mixer replaced: a mixer that sees no other token leaves a model that cannot."""
+    from jaxmem.mixers.base import config_name
+
+    old, new = (config_name(type(c.model.mixer)) for c in (preset, config))
+    print(f"note: model.mixer: {old} -> {new}", file=sys.stderr)
 
 
 def usage(prog: str) -> str:

@@ -91,13 +91,19 @@ def self_tests() -> dict[str, Callable[[Implementation], Any]]:
 
     from jaxmem.ops.attention import attention
     from jaxmem.ops.leaky_average import leaky_average
+    from jaxmem.ops.persistent_read import persistent_read
 
     shape = (2, 65, 2, 16)  # one token more than a chunk
     q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
     rate = jnp.asarray([0.1, 1.0])
+    stored = jax.random.normal(jax.random.key(1), (2, 2, 2, 33, 16))  # keys and values, two banks
+    scale = jnp.asarray([0.25, 1.0])
     return {
         "leaky_average": lambda form: leaky_average(q, rate, implementation=form)[0],
         "attention": lambda form: attention(q, k, v, scale=0.25, implementation=form),
+        "persistent_read": lambda form: persistent_read(
+            q, *stored, scale=scale, implementation=form
+        ),
     }
 
 

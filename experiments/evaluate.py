@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import cli
+
+if TYPE_CHECKING:
+    from jaxmem.data.config import DataConfig
 
 PROG = "python -m experiments.evaluate"
 
@@ -20,6 +24,8 @@ class EvaluateOptions:
     """The checkpoint of the lowest validation loss, or the newest one."""
     split: Literal["validation", "train"] = "validation"
     """Part of the text."""
+    data_path: Path | None = None
+    """Text or tokens to evaluate on, where they are now; by default `data.path` of the run."""
     batch_size: int = 0
     """Windows at once, speed and memory only; 0 takes the run's batch of one micro-batch."""
 
@@ -30,13 +36,12 @@ def main(args: list[str]) -> int:
     from jaxmem.data.pipeline import load_corpus
     from jaxmem.errors import ConfigError
     from jaxmem.reports.evaluation import evaluate
-    from jaxmem.training.disk import write_atomically
     from jaxmem.training.model import load_run
 
     if options.batch_size < 0:
         raise ConfigError(f"--batch-size {options.batch_size} is negative. Use 0 or more.")
     run = load_run(options.run, checkpoint=options.which)
-    corpus = load_corpus(run.config.data, run.tokenizer)
+    corpus = load_corpus(_moved(run.config.data, options.data_path), run.tokenizer)
     micro_batch = run.config.data.batch_size // run.config.optim.accumulate
     found = evaluate(
         run.model,
@@ -48,9 +53,29 @@ def main(args: list[str]) -> int:
     about = {"step": run.step, "which": options.which, "split": options.split}
     about |= {"context_len": run.config.model.context_len, "data": corpus.description}
     result = about | found.to_dict()
-    write_atomically(options.run / "evaluate.json", json.dumps(result, indent=2) + "\n")
-    print(_text(options.run, result))
+    print(_text(options.run, result), flush=True)
+    _keep(options.run / "evaluate.json", result)
     return 0
+
+
+def _moved(data: "DataConfig", path: Path | None) -> "DataConfig":
+    """Replace the path of the data; a run on the default corpus is then read as `auto`."""
+    if path is None:
+        return data
+    source = "auto" if data.source == "corpus" else data.source
+    return dataclasses.replace(data, source=source, path=str(path))
+
+
+def _keep(path: Path, result: dict[str, Any]) -> None:
+    """Write the result; it has been printed, so a folder that cannot be written is no error."""
+    from jaxmem.errors import JaxmemError
+    from jaxmem.training.disk import write_atomically
+
+    try:
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
+    except (JaxmemError, OSError) as error:
+        reason = error.__cause__ or error
+        print(f"note: {path} could not be written: {reason}", file=sys.stderr)
 
 
 def _text(folder: Path, result: dict[str, Any]) -> str:

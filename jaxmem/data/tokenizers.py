@@ -294,7 +294,11 @@ def build_tokenizer(spec: str, text: str) -> Tokenizer:
         return gpt2_tokenizer()
     if not spec.endswith(".json") and not Path(spec).is_file():
         raise unknown_name("data.tokenizer", spec, (*SPECS, "PATH/tokenizer.json"))
-    return BPETokenizer(_read_json(Path(spec)))
+    content = _read_json(Path(spec))
+    try:
+        return BPETokenizer(content)
+    except DataError as error:
+        raise DataError(f"{spec}: {error}") from None
 
 
 def tokenizer_from_dict(data: dict[str, Any]) -> Tokenizer:
@@ -331,7 +335,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       DataError: the file is missing, no JSON, or no saved tokenizer.
     """
-    return tokenizer_from_dict(_read_json(Path(path)))
+    content = _read_json(Path(path))
+    try:
+        return tokenizer_from_dict(content)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -72,10 +72,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "eval_batches", "keep"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"`run.{name}={getattr(self, name)}` must be 1 or more.")
+                raise _refused(name, getattr(self, name), "1 or more")
         for name in ("checkpoint_every", "samples", "sample_tokens", "seed"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"`run.{name}={getattr(self, name)}` must be 0 or more.")
+                raise _refused(name, getattr(self, name), "0 or more")
 
     @property
     def folder(self) -> Path:
@@ -94,6 +94,11 @@ class RunOptions:
         return self.checkpoint_every or self.eval_every
 
 
+def _refused(name: str, value: int, expected: str) -> ConfigError:
+    flag = name.replace("_", "-")
+    return ConfigError(f"`run.{name}={value}` must be {expected}. Give another `--run.{flag}`.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run."""
@@ -110,19 +115,20 @@ class RunConfig:
     """How long, how reported, where kept."""
 
     def __post_init__(self) -> None:
-        decay = self.optim.decay_steps or self.run.steps
-        if self.optim.schedule == "cosine" and self.optim.warmup_steps >= decay:
-            name = "optim.decay_steps" if self.optim.decay_steps else "run.steps"
+        warmup, decay = self.optim.warmup_steps, self.optim.decay_steps
+        if self.optim.schedule == "cosine" and 0 < decay < warmup:
             raise ConfigError(
-                f"`optim.warmup_steps={self.optim.warmup_steps}` leaves nothing of "
-                f"`{name}={decay}` for the cosine. Use fewer warm-up steps."
+                f"`optim.decay_steps={decay}`, at which the cosine ends, comes before the end of "
+                f"the warm-up, `optim.warmup_steps={warmup}`. Use fewer warm-up steps, or "
+                "`--optim.decay-steps 0` for `run.steps`."
             )
         shards = self.parallel.batch_shards
         parts = shards * self.optim.accumulate
         if self.data.batch_size % parts:
             raise ConfigError(
                 f"`data.batch_size={self.data.batch_size}` does not split into "
-                f"`optim.accumulate={self.optim.accumulate}` micro-batches on {shards} devices "
+                f"`optim.accumulate={self.optim.accumulate}` micro-batches on {shards} "
+                f"device{'s' * (shards != 1)} "
                 f"(`parallel.mesh={self.parallel.mesh!r}`). Use a multiple of {parts}."
             )
 

@@ -10,8 +10,12 @@ from typing import IO, Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from jaxmem.training.disk import disk_errors
+
+# Columns of the progress line besides its words: the spaces around the bar, and the shortest bar.
+_GAPS = 4
 
 
 class RunLog:
@@ -56,9 +60,11 @@ class RunLog:
         """Show the progress bar if this is a terminal."""
         if not (self._speaks and self._console.is_terminal):
             return
+        # In a narrow terminal the bar, which alone may wrap, gives way first, then the end of the
+        # text; the counter never.
         self._bar = Progress(
             TextColumn("step"),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(),
             TextColumn("{task.description}"),
             console=self._console,
@@ -78,7 +84,9 @@ class RunLog:
           keep: print the line also on a terminal (evaluations).
         """
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text, refresh=True)
+            room = self._console.width - len(f"step {total}/{total}") - _GAPS
+            shown = text[: max(room, 0)]
+            self._bar.update(self._task, completed=done, description=shown, refresh=True)
         if keep or self._bar is None:
             self.line(f"step {done}/{total}  {text}")
         elif self._file is not None:

@@ -26,7 +26,8 @@ class OptimConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """What follows the warm-up: a half cosine down to `min_lr`, or `lr` for ever."""
     warmup_steps: int = 100
-    """Updates of linear warm-up from 0; the first update has learning rate 0."""
+    """Updates of linear warm-up from 0; the first update has learning rate 0. A run that is no
+    longer than this only warms up."""
     decay_steps: int = 0
     """Update at which the cosine reaches `min_lr`; 0 means `run.steps`."""
     beta1: float = 0.9
@@ -57,7 +58,10 @@ class OptimConfig:
         }
         for field, (holds, expected) in checks.items():
             if not holds:
-                raise ConfigError(f"`optim.{field}={getattr(self, field)}` must be {expected}.")
+                raise ConfigError(
+                    f"`optim.{field}={getattr(self, field)}` must be {expected}. "
+                    f"Give another `--optim.{field.replace('_', '-')}`."
+                )
 
 
 class DecayGroup(NamedTuple):
@@ -74,6 +78,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
     it < warmup: lr it / warmup; then, up to decay,
     min_lr + (1 + cos(pi (it - warmup) / (decay - warmup))) (lr - min_lr) / 2; then min_lr.
+    Where decay <= warmup, the rate is lr at `it` = warmup and min_lr from the next update on.
 
     Args:
       config: rates and lengths.

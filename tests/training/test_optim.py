@@ -1,5 +1,6 @@
 """Schedules, decay groups, clipping, and AdamW against the update rule written out."""
 
+import dataclasses
 import math
 
 import chex
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configs
 from jaxmem.errors import ConfigError
+from jaxmem.training.config import RunOptions
 from jaxmem.training.optim import (
     OptimConfig,
     adamw,
@@ -35,6 +38,17 @@ def test_cosine_is_the_reference_formula_at_every_step(warmup, decay):
     rate = learning_rate(config, 100)
     got = np.array([rate(it) for it in range(120)])
     want = np.array([upstream_rate(it, config, decay or 100) for it in range(120)])
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [4, 10], ids=["shorter", "equal"])
+def test_a_run_no_longer_than_the_warm_up_only_warms_up(steps):
+    config = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=10)
+    dataclasses.replace(
+        configs.load("mm_tiny"), optim=config, run=RunOptions(steps=steps)
+    )  # is no mistake
+    got = np.array([learning_rate(config, steps)(it) for it in range(13)])
+    want = [1e-4 * it for it in range(10)] + [1e-3, 1e-4, 1e-4]
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-12)
 
 

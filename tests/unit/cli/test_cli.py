@@ -125,7 +125,7 @@ def test_a_python_file_is_a_preset(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--config", "mm_smal"], ["'mm_smal'", "mm_small"]),
+        (["--config", "mm_smal"], ["'mm_smal'", "mm_small", "--list"]),
         ([], ["--config NAME", "--list"]),
         (["--confg", "mm_tiny"], ["--config", "by --confg"]),
         (["--config"], ["--config needs a value"]),
@@ -138,7 +138,9 @@ def test_a_python_file_is_a_preset(capsys, tmp_path):
             ["model.mixer.num_heads=3", "model.dim=64"],
         ),
         (["--config", "mm_tiny", "--model.depth", "0"], ["model.depth=0"]),
-        (["--config", "mm_tiny", "--optim.warmup-steps", "300"], ["warmup_steps=300"]),
+        (["--config", "mm_tiny", "--optim.decay-steps", "9"], ["decay_steps=9", "warmup_steps=20"]),
+        (["--config", "mm_tiny", "--optim.lr", "-1"], ["lr=-1.0", "Give another `--optim.lr`"]),
+        (["--config", "mm_tiny", "--run.log-every", "0"], ["Give another `--run.log-every`"]),
         (["--config", "nowhere.json"], ["no file nowhere.json"]),
         (["--config", "nowhere.py"], ["no file nowhere.py"]),
     ],
@@ -149,25 +151,71 @@ def test_mistakes_get_one_message_and_code_2(capsys, args, words):
     assert code == 2
     assert out == ""
     assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("error: ") == 1
     for word in words:
         assert word in err
+
+
+def test_messages_of_a_dataclass_and_of_the_parser_stay_on_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = "/".join(["folder"] * 20)
+    tiny = ("--config", "mm_tiny")
+    corpus = ("--data.source", "corpus", "--data.path", path)
+    help_ = "`python -m experiments.train --config mm_tiny --help` shows every flag."
+    for args, words in (
+        (corpus, f"data.path={path!r}. Drop the path"),
+        (("--run.steps", "abc"), f"--run.steps: found 'abc', expected a whole number. {help_}"),
+        (("--optim.lr", "big"), f"--optim.lr: found 'big', expected a number. {help_}"),
+        (("--run.stepss", "5"), f"--run.stepss, 5. Did you mean --run.steps? {help_}"),
+        ((path,), f"Unrecognized options: {path}. {help_}"),
+        (("--data.source", "txt"), "Did you mean text?"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(train.main, [*tiny, *args])
+        out, err = capsys.readouterr()
+        assert (stopped.value.code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert words in err
+        assert os.environ["COLUMNS"] == "40"
+
+
+def test_a_run_shorter_than_the_warm_up_is_no_mistake(capsys):
+    config, _ = printed_config(capsys, "--config", "mm_tiny", "--run.steps", "20")
+    assert config.run.steps == config.optim.warmup_steps == 20
+
+
+def test_a_replaced_mixer_is_named(capsys):
+    _, err = printed_config(capsys, "--config", "mm_tiny", "--mixer", "mlp")
+    assert "note: model.mixer: contextual_memory -> mlp" in err
+    _, err = printed_config(capsys, "--config", "mm_tiny")
+    assert "note:" not in err
 
 
 @pytest.mark.parametrize(
     ("name", "text", "word"),
     [
         ("c.json", "{", "not valid JSON"),
+        ("c.json", "\xff", "is not UTF-8"),
         ("c.json", '{"model": {"dmi": 3}}', "dmi"),
         ("c.py", "confg = 3\n", "does not define `config"),
+        ("c.py", "\nimport nowhere\n", "c.py, line 2: ModuleNotFoundError: No module named"),
+        ("c.py", "a = 1\nb = (\n", "c.py, line 2: SyntaxError: '(' was never closed"),
+        ("c.py", "def f():\n    return 1 / 0\n\nf()\n", "c.py, line 2: ZeroDivisionError: div"),
+        ("c.py", "import configs\nconfigs.load('mm_smal')\n", "c.py, line 2: Unknown config"),
     ],
 )
 def test_broken_config_files_are_explained(capsys, tmp_path, name, text, word):
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, "latin-1")
     code, _, err = call(capsys, "--config", str(path))
     assert code == 2
     assert word in err
     assert name in err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
 
 
 def test_debug_shows_the_traceback():
@@ -186,7 +234,8 @@ def test_exit_codes(capsys):
     assert call(capsys, verb=fail(full)) == (
         2,
         "",
-        "error: No space left on device (runs/x/log.txt). Mend that or choose another folder.",
+        "error: No space left on device (runs/x/log.txt). Free some space, or choose another "
+        "folder (of a new run: --run.dir).",
     )
     assert call(capsys, verb=fail(DataError("No data."))) == (2, "", "error: No data.")
     assert call(capsys, verb=fail(KeyboardInterrupt()))[0] == 130

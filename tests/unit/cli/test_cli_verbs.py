@@ -1,9 +1,18 @@
 """The other verbs: their mistakes, the doctor and the zoo."""
 
-import pytest
+import dataclasses
+import json
 
+import pytest
+from flax import nnx
+
+import configs
 from experiments import cli, doctor, evaluate, sample, zoo
+from jaxmem.data.config import DataConfig
+from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.mixers.base import names as mixer_names
+from jaxmem.training.model import LoadedRun
+from tests.unit.generate.stand_in import StandIn, StandInConfig
 
 
 def call(capsys, verb, *args):
@@ -42,6 +51,49 @@ def test_sample_names_what_is_wrong(capsys, tmp_path, args, word):
     assert word in err
 
 
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Stand in for a run in `tmp_path / "run"` whose data are no longer where they were."""
+    tokenizer = CharTokenizer("\nabcdefghij")
+    preset = configs.load("mm_tiny")
+    config = dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, context_len=12),
+        data=DataConfig(source="text", path=str(tmp_path / "gone.txt"), batch_size=4),
+    )
+    model = StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+    run = LoadedRun(config=config, model=model, tokenizer=tokenizer, step=7)
+    monkeypatch.setattr("jaxmem.training.model.load_run", lambda folder, checkpoint: run)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "moved.txt").write_text("abcdefghij\n" * 60)
+    return tmp_path
+
+
+def test_evaluate_takes_data_that_were_moved(capsys, trained):
+    args = (evaluate.main, "--run", str(trained / "run"))
+    code, out, err = call(capsys, *args)
+    assert (code, out) == (2, "")
+    assert "gone.txt" in err
+    code, out, _ = call(capsys, *args, "--data-path", str(trained / "moved.txt"))
+    assert code == 0
+    found = json.loads((trained / "run" / "evaluate.json").read_text())
+    assert f"{found['loss']:.4f}" in out
+
+
+def test_evaluate_prints_what_it_cannot_write(capsys, trained):
+    (trained / "run" / "evaluate.json").mkdir()  # also root cannot write there
+    args = ("--run", str(trained / "run"), "--data-path", str(trained / "moved.txt"))
+    code, out, err = call(capsys, evaluate.main, *args)
+    assert code == 0
+    assert "perplexity" in out
+    assert err.startswith(f"note: {trained / 'run' / 'evaluate.json'} could not be written: ")
+
+
+def test_a_run_on_the_default_corpus_can_be_evaluated_on_a_file(tmp_path):
+    moved = evaluate._moved(DataConfig(source="corpus"), tmp_path)
+    assert (moved.source, moved.path) == ("auto", str(tmp_path))
+
+
 def test_prompts_come_from_flags_and_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("one\ntwo\n")
@@ -61,7 +113,7 @@ def test_doctor_reports_and_passes(capsys):
     code, out, _ = call(capsys, doctor.main)
     for word in ("jaxmem", "jax 0", "devices", "leaky_average: xla", "attention: xla", "corpus"):
         assert word in out
-    assert out.count(": ok") == 2
+    assert out.count(": ok") == 3
     assert code == 0
 
 

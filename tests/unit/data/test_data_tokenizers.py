@@ -169,3 +169,20 @@ def test_fingerprint_is_the_same_in_every_version():
 def test_unknown_saved_kind():
     with pytest.raises(DataError, match="'morse'"):
         tokenizer_from_dict({"kind": "morse"})
+
+
+@pytest.mark.parametrize(
+    ("read", "word"),
+    [
+        (load_tokenizer, "expected kind char (characters), byte or bpe"),
+        (lambda path: build_tokenizer(path, ""), "Give a tokenizer.json as written by"),
+    ],
+    ids=["saved", "given"],
+)
+def test_messages_about_a_tokenizer_file_name_it(tmp_path, read, word):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"kind": "morse"}')
+    with pytest.raises(DataError) as refused:
+        read(str(path))
+    assert str(path) in str(refused.value)
+    assert word in str(refused.value)

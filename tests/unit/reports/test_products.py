@@ -47,6 +47,17 @@ def test_metrics_without_the_line_that_a_kill_cut_short(tmp_path):
     assert read_environment(tmp_path) == {}
 
 
+def test_broken_lines_of_metrics_are_left_out_with_a_note(tmp_path, capsys):
+    lines = [json.dumps(ROWS[0]), '{"step": 1', "\0\0", "3", "{}", json.dumps(ROWS[1])]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    assert read_metrics(tmp_path) == ROWS[:2]
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(" is ")[0] for note in notes] == [
+        f"note: {path}, line {number}" for number in (2, 3, 4, 5, 7)
+    ]
+
+
 @pytest.mark.parametrize("rows", [ROWS, []], ids=["run", "no-rows"])
 def test_plot_is_a_picture_with_the_curves(tmp_path, rows):
     from matplotlib.image import imread
