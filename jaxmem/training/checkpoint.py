@@ -5,11 +5,9 @@ temporary folder and renames it when all is there, so a kill leaves a whole chec
 """
 
 import json
-import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,19 @@ from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSav
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxmem.errors import CheckpointMismatch
+from jaxmem.training.checksum import Items, checksums, damaged, json_checksum
 from jaxmem.training.disk import disk_errors
 from jaxmem.training.layout import Params
+from jaxmem.training.quiet import ignore_closed_loops, quiet_loggers
 from jaxmem.training.state import TrainState
 from jaxmem.training.state_format import StateFormat
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout on disk; raised when a reader of the old one could misread the new one."""
+
+
+class UnreadableCheckpoint(CheckpointMismatch):
+    """A checkpoint is damaged; an older one may not be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,10 @@ class Meta:
     """Number of processes that shared the data."""
     mesh: str
     """The mesh it was saved from."""
+    corpus: str = ""
+    """Fingerprint of the data; empty before format 2."""
+    checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Checksum of every array by item and name; empty before format 2, which is not checked."""
     format: int = FORMAT
 
 
@@ -99,7 +107,9 @@ class Checkpoints:
           read_only: only for reading: nothing is created, removed or moved.
         """
         self._quiet = ExitStack()
-        self._quiet.enter_context(_without_noise())
+        self._quiet.enter_context(quiet_loggers())
+        self._hear_again = ignore_closed_loops()
+        self._failed = False
         self._folder = folder.absolute()
         self._say = say
         options = ocp.CheckpointManagerOptions(
@@ -109,7 +119,7 @@ class Checkpoints:
             create=not read_only,
             save_interval_steps=0 if read_only else 1,
         )
-        with disk_errors(self._folder):
+        with self._disk_errors():
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=options,
@@ -122,13 +132,22 @@ class Checkpoints:
                 },
             )
 
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            with disk_errors(self._folder):
+                yield
+        except Exception:
+            self._failed = True
+            raise
+
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(
         self,
-        items: Mapping[str, Mapping[str, jax.Array]],
+        items: Items,
         position: Any,
         meta: Meta,
     ) -> None:
@@ -137,13 +156,17 @@ class Checkpoints:
         Raises:
           JaxmemError: the disk is full (also when that happened to the checkpoint before).
         """
+        sums = checksums(items)
+        if meta.processes == 1:  # several processes each save a position of their own
+            sums["data"] = {"position": json_checksum(position)}
+        tree = asdict(replace(meta, checksums=sums))
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(dict(leaves)) for name, leaves in items.items()},
             data=CheckpointSave(DataPosition(position)),
-            meta=ocp.args.JsonSave(asdict(meta)),
+            meta=ocp.args.JsonSave(tree | {"crc32": json_checksum(tree)}),
         )
         metrics = None if meta.val_loss is None else {"val_loss": meta.val_loss}
-        with disk_errors(self._folder):
+        with self._disk_errors():
             self._manager.wait_until_finished()
             if meta.step in self._manager.all_steps():
                 # Saved on preemption before its evaluation; the run will get here again if killed.
@@ -152,7 +175,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise what went wrong in the background, if anything did."""
-        with disk_errors(self._folder):
+        with self._disk_errors():
             self._manager.check_for_errors()
 
     def finish(self) -> None:
@@ -161,19 +184,23 @@ class Checkpoints:
         Raises:
           JaxmemError: the disk is full.
         """
-        with disk_errors(self._folder):
+        with self._disk_errors():
             self._manager.wait_until_finished()
 
     def release(self) -> None:
         """Close the manager; what could not be written was reported by `finish` or `check`."""
         with self._quiet, suppress(Exception):
             self._manager.close()
+        # After an error, arrays that were under way may still arrive, up to the end of Python.
+        if not self._failed:
+            self._hear_again()
 
     def meta(self, step: int) -> Meta:
         """Read what a checkpoint says about itself.
 
         Raises:
           CheckpointMismatch: it was written by a newer version of jaxmem.
+          ValueError: it is damaged; other errors, if it cannot be read at all.
         """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         tree = self._manager.restore(step, args=args)["meta"]
@@ -182,23 +209,39 @@ class Checkpoints:
                 f"The checkpoint at step {step} has format {tree['format']}, this version of "
                 f"jaxmem reads up to {FORMAT}. Use the version that wrote it, or a newer one."
             )
+        crc32 = tree.pop("crc32", None)
+        if tree["step"] != step or (crc32 is not None and crc32 != json_checksum(tree)):
+            raise ValueError("meta changed since it was saved")
         return Meta(**tree)
 
     def newest_meta(self) -> Meta | None:
-        """Return the meta of the newest checkpoint, None if there is none or it cannot be read."""
-        steps = self.steps()
-        try:
-            return self.meta(steps[-1]) if steps else None
-        except CheckpointMismatch:
-            raise
-        except Exception:  # unreadable: restore_newest will say so and fall back
-            return None
+        """Return the meta of the newest checkpoint that looks whole, None if there is none.
+
+        Raises:
+          CheckpointMismatch: it was written by a newer version of jaxmem.
+        """
+        for step in reversed(self.steps()):
+            try:
+                found = self._manager.item_metadata(step)
+                if all(found[item] is not None for item in ("params", "opt_state", "loop")):
+                    return self.meta(step)
+            except CheckpointMismatch:
+                raise
+            except Exception:  # unreadable: restore_newest will say so and fall back
+                continue
+        return None
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss, the later of equals."""
-        losses = {step: self._manager.metrics(step) for step in self.steps()}
+        losses = {step: self._metrics(step) for step in self.steps()}
         known = {step: m["val_loss"] for step, m in losses.items() if m and "val_loss" in m}
         return min(known, key=lambda step: (known[step], -step), default=None)
+
+    def _metrics(self, step: int) -> Mapping[str, float] | None:
+        try:
+            return self._manager.metrics(step)
+        except Exception:  # damaged: the others remain to choose from
+            return None
 
     def restore_newest(self, form: StateFormat) -> Restored | None:
         """Restore the newest readable checkpoint onto the current mesh.
@@ -218,6 +261,7 @@ class Checkpoints:
             except CheckpointMismatch:
                 raise
             except Exception as err:  # whatever reading a damaged file raises
+                self._failed = True
                 problems.append(f"step {step}: {_first_line(err)}")
                 self._say(f"The checkpoint at step {step} cannot be read ({_first_line(err)}).")
         if problems:
@@ -241,9 +285,26 @@ class Checkpoints:
         self._manager.reload()
 
     def restore_params(self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-        """Read the parameters of one checkpoint by their single names."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(dict(targets)))
-        return self._manager.restore(step, args=args)["params"]
+        """Read the parameters of one checkpoint by their single names.
+
+        Raises:
+          CheckpointMismatch: they are not those of this model, or cannot be read.
+        """
+        try:
+            meta = self.meta(step)
+            self._check_params(step, targets)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(dict(targets)))
+            params = self._manager.restore(step, args=args)["params"]
+            _verify({"params": params}, meta)
+        except CheckpointMismatch:
+            raise
+        except Exception as err:  # whatever reading a damaged file raises
+            self._failed = True
+            raise UnreadableCheckpoint(
+                f"The checkpoint at step {step} of {self._folder} cannot be read "
+                f"({_first_line(err)}). Use another one, or restore the files."
+            ) from err
+        return params
 
     def _restore(self, step: int, form: StateFormat) -> Restored:
         meta = self.meta(step)
@@ -257,6 +318,10 @@ class Checkpoints:
             restore["data"] = CheckpointRestore(position)
         got = self._manager.restore(step, args=ocp.args.Composite(**restore))
         items = {name: got[name] for name in targets}
+        _verify(items, meta)
+        saved = meta.checksums.get("data", {}).get("position")
+        if position.state is not None and saved not in (None, json_checksum(position.state)):
+            raise ValueError("data/position changed since it was saved")
         return Restored(form.unpack(items), position.state, meta)
 
     def _check_params(self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -280,6 +345,14 @@ class Checkpoints:
         )
 
 
+def _verify(items: Items, meta: Meta) -> None:
+    """Raise ValueError if arrays are not those that were saved."""
+    bad = damaged(items, meta.checksums) if meta.checksums else []
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]}{more} changed since it was saved")
+
+
 def _newest_and_best(keep: int) -> policies.PreservationPolicy:
     best = policies.BestN(
         get_metric_fn=lambda metrics: -metrics["val_loss"],
@@ -287,32 +360,6 @@ def _newest_and_best(keep: int) -> policies.PreservationPolicy:
         keep_checkpoints_without_metrics=False,
     )
     return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """Keep Orbax from printing tracebacks of errors that it also raises.
-
-    It logs them, and it closes its event loop at the first one: the arrays that are still under way
-    find it closed, or fail with nobody waiting for them.
-    """
-    before = sys.unraisablehook
-
-    def hook(event: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(event.exc_value):
-            before(event)
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    sys.unraisablehook = hook
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Errors of the file system, turned into one message; and files that are never half written."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as err:
         if is_disk_full(err):
+            _silence_consequences()
             raise JaxmemError(
                 f"The disk is full: {path} could not be written. Checkpoints written before "
                 "are intact; free some space and start the same command again."
@@ -47,6 +49,25 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path} cannot be written ({err.strerror}). Choose another `run.dir`."
             ) from err
         raise
+
+
+def _silence_consequences() -> None:
+    """Keep what a full disk makes of the writers in the background from the terminal.
+
+    Orbax leaves futures behind that nobody waits for; asyncio tells of each when Python ends.
+    """
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    text = record.getMessage()
+    return not (
+        "exception was never retrieved" in text
+        or any(words in text for words in _FULL_WORDS)
+        or (error is not None and is_disk_full(error))
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -32,6 +32,7 @@ OURS = frozenset(
         "evaluate.json",
         "run.md",
         "log.txt",
+        "lock",
         "wandb",
     }
 )
@@ -42,6 +43,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 def check_folder(config: RunConfig) -> list[str]:
     """Check, without touching anything, that the run may use its folder.
+
+    The config of a run that ended before it had a result does not bind the next one.
 
     Returns:
       Notes on differences to the folder's config that do not stop the run.
@@ -63,7 +66,16 @@ def check_folder(config: RunConfig) -> list[str]:
                 f"{' and more' if len(other) > 5 else ''}. Choose an empty or a new folder."
             )
         return []
-    return _compare(saved_config(folder), config)
+    saved = saved_config(folder)
+    return _compare(saved, config) if has_begun(folder) else []
+
+
+def has_begun(folder: Path) -> bool:
+    """Say whether a run folder holds a checkpoint or a row of metrics."""
+    rows = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").glob("[0-9]*")) or (
+        rows.is_file() and rows.stat().st_size > 0
+    )
 
 
 def saved_config(folder: Path) -> RunConfig:
@@ -117,7 +129,7 @@ def write_description(
     folder = config.run.folder
     notes = []
     path = folder / "environment.json"
-    if path.exists():
+    if path.exists() and has_begun(folder):
         before = _read_object(path)
         changed = [
             key for key in ("jax", "jaxlib", "devices") if before.get(key) != environment[key]
@@ -142,7 +154,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write tokenizer.json, or check that the folder's one has the same vocabulary.
+    """Write tokenizer.json, or check that the one of a run that has begun is the same.
 
     Raises:
       CheckpointMismatch: the vocabulary is another one, so the embeddings would be meaningless.
@@ -150,7 +162,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     from jaxmem.data.tokenizers import load_tokenizer
 
     path = folder / "tokenizer.json"
-    if path.exists():
+    if path.exists() and has_begun(folder):
         saved = load_tokenizer(path)
         if saved.fingerprint != tokenizer.fingerprint:
             raise CheckpointMismatch(
@@ -160,6 +172,31 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
             )
         return
     write_atomically(path, json.dumps(tokenizer.to_dict()) + "\n")
+
+
+def check_corpus(config: RunConfig, saved: str, found: str) -> list[str]:
+    """Check that the data are those that the checkpoint was trained on.
+
+    Args:
+      config: the run.
+      saved: fingerprint in the newest checkpoint, empty if there is none.
+      found: fingerprint of the data.
+
+    Returns:
+      A note if they are not, and that is allowed.
+
+    Raises:
+      CheckpointMismatch: they are not, and that is not allowed.
+    """
+    if saved in ("", found):
+        return []
+    if not config.run.allow_config_change:
+        raise CheckpointMismatch(
+            f"The data are not those that {config.run.folder} was trained on: the text has "
+            "changed, with the same vocabulary. Restore it, choose another `run.dir`, or resume "
+            "with `--run.allow-config-change`."
+        )
+    return ["the data changed: the text is not the one that the run was begun with"]
 
 
 def environment() -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Parts:
     """Evaluation batches by the name of their field in the metrics."""
     guard: NonFiniteGuard
     form: StateFormat
+    corpus: str
+    """Fingerprint of the data."""
     checkpoints: Checkpoints
     jsonl: JsonlFile | NoFile
     writers: Sequence[Writer]
@@ -189,6 +191,7 @@ class Loop:
             val_loss=self._val_loss if reported else None,
             processes=jax.process_count(),
             mesh=parts.config.parallel.mesh,
+            corpus=parts.corpus,
         )
         parts.checkpoints.save(parts.form.pack(self.state), parts.feed.position, meta)
         self._saved = meta

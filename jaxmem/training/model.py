@@ -1,7 +1,8 @@
 """The model of a run: from its config, and from a finished run's folder."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +14,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxmem.backbones.decoder import Decoder, DecoderConfig
 from jaxmem.errors import CheckpointMismatch, ConfigError
 from jaxmem.tasks.language_modeling import language_model_loss
-from jaxmem.training.checkpoint import Checkpoints
+from jaxmem.training.checkpoint import Checkpoints, UnreadableCheckpoint
 from jaxmem.training.config import RunConfig
 from jaxmem.training.folder import saved_config
-from jaxmem.training.layout import ModelParts, take_apart
+from jaxmem.training.layout import ModelParts, Params, take_apart
 
 PRECISIONS = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 """Type of activations by the name of the policy; parameters are float32 in both."""
@@ -69,10 +70,12 @@ def load_run(folder: Path, *, checkpoint: Literal["best", "last"] | int = "best"
 
     Args:
       folder: of the run.
-      checkpoint: the one with the best validation loss, the last one, or that of a step.
+      checkpoint: the one with the best validation loss, the last one, or that of a step. If the
+        best or the last one is damaged, the newest readable one, with a message on stderr.
 
     Raises:
       CheckpointMismatch: this is no run folder, it has no such checkpoint, or it cannot be read.
+      DataError: the tokenizer of the run is missing or damaged.
     """
     from jaxmem.data.tokenizers import load_tokenizer
 
@@ -87,7 +90,8 @@ def load_run(folder: Path, *, checkpoint: Literal["best", "last"] | int = "best"
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             for name, leaf in model.parts.layout.shapes.items()
         }
-        single = checkpoints.restore_params(step, targets)
+        others = [] if checkpoint == step else [s for s in checkpoints.steps() if s != step]
+        step, single = _first_readable(checkpoints, [step, *reversed(others)], targets)
     finally:
         checkpoints.release()
     return LoadedRun(config, model.parts.merge_single(single), tokenizer, step)
@@ -106,6 +110,22 @@ def _choose(checkpoints: Checkpoints, folder: Path, which: Literal["best", "last
         known = ", ".join(map(str, steps))
         raise CheckpointMismatch(f"{folder} has no checkpoint of step {which}; it has {known}.")
     return which
+
+
+def _first_readable(
+    checkpoints: Checkpoints, steps: Sequence[int], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[int, Params]:
+    """Read the parameters of the first of these checkpoints that is not damaged."""
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        try:
+            return step, checkpoints.restore_params(step, targets)
+        except UnreadableCheckpoint as err:
+            if following is None:
+                if len(steps) == 1:
+                    raise
+                raise CheckpointMismatch(f"None of the checkpoints can be read. {err}") from err
+            print(f"{err} Trying that of step {following}.", file=sys.stderr)
+    raise AssertionError("there is at least one checkpoint")
 
 
 def mean_loss(model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:

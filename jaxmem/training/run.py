@@ -17,15 +17,15 @@ from jaxmem.training.checkpoint import Checkpoints, Meta
 from jaxmem.training.config import RunConfig, to_dict
 from jaxmem.training.console import RunLog
 from jaxmem.training.disk import disk_errors
-from jaxmem.training.feed import EvalSet, Feed, Place
+from jaxmem.training.feed import Feed
 from jaxmem.training.guard import NonFiniteGuard
 from jaxmem.training.head import compiled_lines, head
-from jaxmem.training.layout import ModelParts
+from jaxmem.training.lock import run_lock
 from jaxmem.training.loop import Loop, LoopEnd, Parts
 from jaxmem.training.metrics import JsonlFile, NoFile, TensorBoard, WandB, Writer
-from jaxmem.training.model import Model
 from jaxmem.training.optim import adamw, decays, learning_rate
-from jaxmem.training.state import StateInit, TrainState, stream_seed
+from jaxmem.training.rundata import RunData, data_lines, fingerprint, open_data
+from jaxmem.training.state import StateInit, TrainState
 from jaxmem.training.state_format import StateFormat
 from jaxmem.training.step import Steps
 from jaxmem.training.stopping import StopRequest
@@ -69,25 +69,47 @@ def train(
 
     Raises:
       ConfigError: the config does not fit the machine, the data or the folder.
-      CheckpointMismatch: the folder belongs to another config or vocabulary, or cannot be read.
+      CheckpointMismatch: the folder belongs to another config or text, or cannot be read.
       DataError: the data are missing or too small.
       NonFiniteLoss: an update was not finite.
-      JaxmemError: the disk is full or cannot be written.
+      JaxmemError: another process trains in the folder, or the disk is full or cannot be written.
     """
     enable_compilation_cache()
     mesh = build_mesh(config.parallel)
     folder = config.run.folder
-    notes = run_folder.check_folder(config)
+    run_folder.check_folder(config)
+    # A run that has not begun gets its folder only when its data are there and large enough.
+    data = None if run_folder.has_begun(folder) else open_data(config, mesh)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with RunLog(folder / "log.txt") as log, _checkpoints(config, log) as checkpoints:
+    with (
+        run_lock(folder),
+        RunLog(folder / "log.txt") as log,
+        _checkpoints(config, log) as checkpoints,
+    ):
         newest = checkpoints.newest_meta()
         if newest and newest.reported and newest.step >= config.run.steps:
             log.line(
                 f"{folder}: already finished at step {newest.step}; --run.steps M goes on to M."
             )
             return TrainResult(folder, newest.step, newest.val_loss, "already finished")
-        return _train(config, mesh, log, checkpoints, preset, command, at_end, notes)
+        data = data or open_data(config, mesh)
+        corpus = fingerprint(data.corpus)
+        notes = _claim(config, data, corpus, newest, command)
+        for line in (*head(config, preset, mesh, data.model.parts), *data_lines(data.corpus)):
+            log.line(line)
+        return _train(config, mesh, log, checkpoints, data, corpus, at_end, notes)
+
+
+def _claim(
+    config: RunConfig, data: RunData, corpus: str, newest: Meta | None, command: Sequence[str]
+) -> list[str]:
+    """Check once more, now under the lock, that the run may use its folder; describe it there."""
+    folder = config.run.folder
+    notes = run_folder.check_folder(config)
+    run_folder.check_tokenizer(folder, data.corpus.tokenizer)
+    notes += run_folder.check_corpus(config, newest.corpus if newest else "", corpus)
+    return notes + run_folder.write_description(config, command, run_folder.environment())
 
 
 def _train(
@@ -95,24 +117,14 @@ def _train(
     mesh: Mesh,
     log: RunLog,
     checkpoints: Checkpoints,
-    preset: RunConfig | None,
-    command: Sequence[str],
+    data: RunData,
+    corpus: str,
     at_end: AtEnd | None,
     notes: list[str],
 ) -> TrainResult:
-    from jaxmem.data.pipeline import load_corpus
-
-    corpus = load_corpus(config.data)
-    folder = config.run.folder
-    model = Model.of(config, corpus.tokenizer.vocab_size)
-    run_folder.check_tokenizer(folder, corpus.tokenizer)
-    notes += run_folder.write_description(config, command, run_folder.environment())
-    for line in head(config, preset, mesh, model.parts):
-        log.line(line)
-    log.line(f"data       {corpus.description}")
     with ExitStack() as stack:
-        loop = _assemble(config, mesh, model, corpus, checkpoints, log, stack)
-        log.line(f"files      {folder}")
+        loop = _assemble(config, mesh, data, corpus, checkpoints, log, stack)
+        log.line(f"files      {config.run.folder}")
         for note in notes:
             log.line(f"note       {note}")
         stop = stack.enter_context(StopRequest())
@@ -120,7 +132,7 @@ def _train(
         end = loop.run(stop)
         checkpoints.finish()
     log.stop()
-    return _finish(config, end, model.parts, corpus, log, at_end)
+    return _finish(config, end, data, log, at_end)
 
 
 @contextmanager
@@ -135,15 +147,14 @@ def _checkpoints(config: RunConfig, log: RunLog) -> Iterator[Checkpoints]:
 def _assemble(
     config: RunConfig,
     mesh: Mesh,
-    model: Model,
-    corpus: Any,
+    data: RunData,
+    corpus: str,
     checkpoints: Checkpoints,
     log: RunLog,
     stack: ExitStack,
 ) -> Loop:
     """Compile the step, restore the newest checkpoint or begin, and open the metrics."""
-    place = Place(mesh)
-    feed = Feed(_batches(config, corpus, "train", "data"), place)
+    model, feed = data.model, data.feed
     steps = Steps(model.parts, language_model_loss, mesh, accumulate=config.optim.accumulate)
     schedule = learning_rate(config.optim, config.run.steps)
     optimizer = adamw(config.optim, schedule, model.parts.layout.map_shapes(decays))
@@ -160,7 +171,6 @@ def _assemble(
     form = StateFormat(init.abstract, model.parts.layout, mesh)
     state, meta = _restore(config, checkpoints, form, feed, log) or (init(config.run.seed), None)
     jsonl, writers = _writers(config, meta, log, stack)
-    splits = {"eval_train_loss": "train", "val_loss": "validation"}
     parts = Parts(
         config=config,
         mesh=mesh,
@@ -168,12 +178,10 @@ def _assemble(
         evaluate=steps.evaluate(),
         schedule=schedule,
         feed=feed,
-        eval_sets={
-            name: EvalSet(_batches(config, corpus, split, "eval"), config.run.eval_batches, place)
-            for name, split in splits.items()
-        },
+        eval_sets=data.eval_sets,
         guard=NonFiniteGuard(steps),
         form=form,
+        corpus=corpus,
         checkpoints=checkpoints,
         jsonl=jsonl,
         writers=writers,
@@ -192,23 +200,6 @@ def _restore(
     feed.restore(restored.position, restored.meta.step)
     log.line(f"resume     from step {restored.meta.step} of {config.run.steps}")
     return restored.state, restored.meta
-
-
-def _batches(config: RunConfig, corpus: Any, split: str, stream: str) -> Any:
-    """Return this process's iterator of batches; evaluation uses those of one micro-batch."""
-    from jaxmem.data.pipeline import batches
-
-    parts = 1 if stream == "data" else config.optim.accumulate
-    return batches(
-        corpus,
-        split,
-        context_len=config.model.context_len,
-        batch_size=config.data.batch_size // parts,
-        sampling=config.data.sampling,
-        seed=stream_seed(config.run.seed, stream),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def _writers(
@@ -233,8 +224,7 @@ def _writers(
 def _finish(
     config: RunConfig,
     end: LoopEnd,
-    parts: ModelParts[Decoder],
-    corpus: Any,
+    data: RunData,
     log: RunLog,
     at_end: AtEnd | None,
 ) -> TrainResult:
@@ -244,6 +234,6 @@ def _finish(
         log.line(f"Stopped at step {end.step}; start the same command again to go on.")
         return result
     if at_end is not None:
-        at_end(result, parts.merge(end.state.params), corpus.tokenizer)
+        at_end(result, data.model.parts.merge(end.state.params), data.corpus.tokenizer)
     log.line(f"Finished at step {end.step}, val {end.val_loss:.4f}. Everything is in {folder}.")
     return result

@@ -23,6 +23,7 @@ FILES = [
     "plots/loss.png",
     "samples.txt",
     "run.md",
+    "lock",
     "log.txt",
 ]
 # One device, unlike the other tests; level 0 halves the time to compile.

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytest
 
 from jaxmem.errors import CheckpointMismatch, JaxmemError
 from jaxmem.training.loop import Loop
+from jaxmem.training.model import load_run
 from jaxmem.training.run import train
 from tests.helpers.tiny_run import rows, saved_arrays, tiny_run, with_run
 
@@ -108,6 +110,52 @@ def test_damaged_checkpoint_falls_back_and_says_so(whole, tiny, monkeypatch, cap
     assert "checkpoint at step 8 cannot be read" in out
     assert "resume     from step 4 of 12" in out
     assert (tiny.run.folder / "unreadable_checkpoints" / "8").is_dir()
+    assert_equal_to(whole, tiny)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "loop", "data", "meta"])
+def test_other_values_in_whole_files_are_noticed(whole, tiny, monkeypatch, capsys, item):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, "kill")
+        with pytest.raises(Killed):
+            train(tiny)
+    put_older_values(tiny.run.folder, item)
+    capsys.readouterr()
+    train(tiny)
+    out = capsys.readouterr().out
+    assert f"checkpoint at step 8 cannot be read (ValueError: {item}" in out
+    assert "changed since it was saved" in out
+    assert "resume     from step 4 of 12" in out
+    assert_equal_to(whole, tiny)
+
+
+def put_older_values(folder, item):
+    """Replace an item of checkpoint 8 by that of checkpoint 4: readable, of the right shapes."""
+    new, old = (folder / "checkpoints" / step / item for step in ("8", "4"))
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+
+
+def test_loading_a_damaged_run_falls_back_then_says_why_not(tiny, capfd):
+    train(with_run(tiny, steps=8))
+    folder = tiny.run.folder
+    put_older_values(folder, "params")
+    capfd.readouterr()
+    assert load_run(folder, checkpoint="last").step == 4
+    err = capfd.readouterr().err
+    assert re.fullmatch(r"The checkpoint at step 8 .* cannot be read .*step 4\.\n", err)
+    with pytest.raises(CheckpointMismatch, match=r"checkpoint at step 8 .* cannot be read"):
+        load_run(folder, checkpoint=8)
+    for path in (folder / "checkpoints" / "4" / "params" / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointMismatch, match=r"None of the checkpoints can be read"):
+        load_run(folder)
+
+
+def test_finished_run_without_its_last_parameters_is_trained_again(whole, tiny):
+    train(tiny)
+    shutil.rmtree(tiny.run.folder / "checkpoints" / "12" / "params")
+    assert train(tiny).stopped == "finished"
     assert_equal_to(whole, tiny)
 
 

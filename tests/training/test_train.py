@@ -1,15 +1,19 @@
 """`train` from config to run folder, and the folder's checks."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.errors import CheckpointMismatch, ConfigError
+from jaxmem.errors import CheckpointMismatch, ConfigError, DataError, JaxmemError
 from jaxmem.training.model import load_run, mean_loss
 from jaxmem.training.run import TrainResult, train
+from jaxmem.training.rundata import fingerprint
 from tests.helpers.tiny_run import rows, tiny_batch, tiny_run, with_run
 
 
@@ -31,7 +35,7 @@ def test_folder_holds_what_reproduces_the_run(finished):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "command.txt", "environment.json", "tokenizer.json",
-        "metrics.jsonl", "tensorboard", "checkpoints", "log.txt",
+        "metrics.jsonl", "tensorboard", "checkpoints", "log.txt", "lock",
     }  # fmt: skip
     assert (folder / "command.txt").read_text() == "train 'a b'\n"
     assert json.loads((folder / "environment.json").read_text())["jax"] == jax.__version__
@@ -55,6 +59,7 @@ def test_log_says_what_ran(finished):
     for words in (
         "jaxmem 0.", "overrides  none", "mesh none", "parameters ", "decay 0.1:", "decay 0:",
         "memory ", "attention: ", "per sequence of 8", "step 3/12  loss ", "Finished at step 12",
+        "char vocabulary of 6", " train, ",
     ):  # fmt: skip
         assert words in log
 
@@ -80,15 +85,19 @@ def test_best_is_the_lowest_validation_loss(finished):
         load_run(config.run.folder, checkpoint=5)
 
 
+def modified(folder):
+    """When each file changed, but those that every start writes."""
+    files = (path for path in folder.rglob("*") if path.name not in ("log.txt", "lock"))
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def test_same_command_again_does_nothing(finished, capsys):
     config, result, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in config.run.folder.rglob("*") if p.name != "log.txt"}
+    before = modified(config.run.folder)
     again = train(config)
     assert again == result._replace(stopped="already finished")
     assert "already finished at step 12; --run.steps M goes on" in capsys.readouterr().out
-    assert before == {
-        p: p.stat().st_mtime_ns for p in config.run.folder.rglob("*") if p.name != "log.txt"
-    }
+    assert before == modified(config.run.folder)
 
 
 def test_another_config_is_refused_field_by_field(finished):
@@ -119,8 +128,6 @@ def test_foreign_or_broken_folders_are_refused_untouched(tmp_path):
 
 
 def test_vocabulary_must_cover_the_tokenizer(tmp_path):
-    import dataclasses
-
     config = tiny_run(tmp_path / "run")
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2))
     with pytest.raises(ConfigError, match=r"model\.vocab_size=2.*tokenizer's"):
@@ -137,6 +144,89 @@ def test_changed_text_is_noticed(finished, tmp_path):
             train(with_run(config, steps=14))
     finally:
         text.write_text(before)
+
+
+def test_changed_text_with_the_same_vocabulary_is_noticed(tmp_path, capsys):
+    config = tiny_run(tmp_path / "run", run={"steps": 4})
+    train(config)
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text()[::-1])
+    described = (config.run.folder / "command.txt").read_text()
+    with pytest.raises(CheckpointMismatch, match="text has changed, with the same vocabulary"):
+        train(with_run(config, steps=6))
+    assert (config.run.folder / "command.txt").read_text() == described
+    capsys.readouterr()
+    for steps in (6, 8):
+        train(with_run(config, steps=steps, allow_config_change=True))
+        assert ("note       the data changed" in capsys.readouterr().out) is (steps == 6)
+
+
+def test_fingerprint_tells_tokens_apart(tmp_path):
+    class Tokens(dict):
+        tokens = dict.__getitem__
+
+    array = np.arange(40 * 2**20 // 2, dtype=np.uint16)
+    array.tofile(tmp_path / "a.bin")
+    mapped = np.memmap(tmp_path / "a.bin", dtype=np.uint16, mode="r")
+    small = Tokens(train=array[:100], validation=array[:9])
+    assert fingerprint(small) == fingerprint(Tokens(train=array[:100].copy(), validation=array[:9]))
+    changed = array[:100].copy()
+    changed[50] += 1
+    assert fingerprint(small) != fingerprint(Tokens(train=changed, validation=array[:9]))
+    assert fingerprint(small) != fingerprint(Tokens(train=array[:99], validation=array[:9]))
+    large = fingerprint(Tokens(train=mapped, validation=array[:9]))
+    array[-1] = 1
+    array.tofile(tmp_path / "b.bin")
+    other = np.memmap(tmp_path / "b.bin", dtype=np.uint16, mode="r")
+    assert large != fingerprint(Tokens(train=other, validation=array[:9]))
+
+
+def test_start_that_fails_leaves_nothing_behind(tmp_path):
+    config = tiny_run(tmp_path / "run")
+    short = tmp_path / "short.txt"
+    short.write_text("abc" * 10)
+    for path, message in ((tmp_path / "none.txt", "does not exist"), (short, "does not fit")):
+        bad = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
+        with pytest.raises(DataError, match=message):
+            train(bad)
+        assert not config.run.folder.exists()
+
+
+def test_run_without_a_result_does_not_bind_the_next(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path / "run", run={"steps": 2})
+    other = tmp_path / "other.txt"
+    other.write_text("xyz \n" * 100)
+    first = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(other)))
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxmem.training.run._assemble", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(first)
+    assert (config.run.folder / "config.json").exists()
+    assert train(config).stopped == "finished"
+    assert load_run(config.run.folder).config == config
+    assert load_run(config.run.folder).tokenizer.decode([1, 2]) == " a"
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    config = tiny_run(tmp_path / "run", run={"steps": 2})
+    config.run.folder.mkdir()
+    holder = (
+        "import sys; from pathlib import Path; from jaxmem.training.lock import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(config.run.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        owner = rf"process {process.pid} on .*trains in .*Stop it, or choose"
+        with pytest.raises(JaxmemError, match=owner):
+            train(config)
+        assert [path.name for path in config.run.folder.iterdir()] == ["lock"]
+        process.kill()
+    assert train(config).stopped == "finished"
 
 
 def test_mean_loss_weights_by_tokens(finished):
