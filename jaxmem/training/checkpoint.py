@@ -24,7 +24,7 @@ from jaxmem.training.quiet import ignore_closed_loops, quiet_loggers
 from jaxmem.training.state import TrainState
 from jaxmem.training.state_format import StateFormat
 
-FORMAT = 2
+FORMAT = 1
 """Version of the layout on disk; raised when a reader of the old one could misread the new one."""
 
 
@@ -52,10 +52,10 @@ class Meta:
     """Number of processes that shared the data."""
     mesh: str
     """The mesh it was saved from."""
-    corpus: str = ""
-    """Fingerprint of the data; empty before format 2."""
+    corpus: str
+    """Fingerprint of the data."""
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Checksum of every array by item and name; empty before format 2, which is not checked."""
+    """Checksum of every array by item and name, filled in when it is saved."""
     format: int = FORMAT
 
 
@@ -209,8 +209,8 @@ class Checkpoints:
                 f"The checkpoint at step {step} has format {tree['format']}, this version of "
                 f"jaxmem reads up to {FORMAT}. Use the version that wrote it, or a newer one."
             )
-        crc32 = tree.pop("crc32", None)
-        if tree["step"] != step or (crc32 is not None and crc32 != json_checksum(tree)):
+        crc32 = tree.pop("crc32")
+        if tree["step"] != step or crc32 != json_checksum(tree):
             raise ValueError("meta changed since it was saved")
         return Meta(**tree)
 
@@ -347,7 +347,7 @@ class Checkpoints:
 
 def _verify(items: Items, meta: Meta) -> None:
     """Raise ValueError if arrays are not those that were saved."""
-    bad = damaged(items, meta.checksums) if meta.checksums else []
+    bad = damaged(items, meta.checksums)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{bad[0]}{more} changed since it was saved")
