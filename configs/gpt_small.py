@@ -2,9 +2,9 @@
 
 Source: nanoGPT on tiny Shakespeare at CPU size.
 Parameters: 0.806 M
-Time: 3 min on 2 CPU cores
-Result: the authors' code reaches validation loss 1.89 at step 2000 on tiny Shakespeare (20 random
-batches, noise 0.03).
+Time: 2 min on 2 CPU cores
+Result: validation loss 1.907 ± 0.007 at step 2000 on tiny Shakespeare (three seeds, 20 random
+batches, noise 0.03); the authors' code 1.893.
 """
 
 from jaxmem.backbones.decoder import DecoderConfig

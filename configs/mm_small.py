@@ -2,9 +2,9 @@
 
 Source: nanoMosaics on tiny Shakespeare at CPU size; every constant as in the authors' code.
 Parameters: 0.798 M
-Time: 5 min on 2 CPU cores
-Result: the authors' code reaches validation loss 1.76 at step 2000 on tiny Shakespeare (20 random
-batches, noise 0.03), below gpt_small at every evaluation.
+Time: 3 min on 2 CPU cores
+Result: validation loss 1.763 ± 0.007 at step 2000 on tiny Shakespeare (three seeds, 20 random
+batches, noise 0.03), below gpt_small at every evaluation from 250 on; the authors' code 1.756.
 """
 
 from jaxmem.backbones.decoder import DecoderConfig
