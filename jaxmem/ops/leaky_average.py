@@ -7,7 +7,8 @@ the same recurrence run on ones. They differ by a positive factor per head and t
 made of them are equal.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxmem.errors import ShapeError, unknown_name
+from jaxmem.ops import leaky_average_xla as plain
 from jaxmem.ops.dispatch import Implementation, declare, resolve
+from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.segments import spans
 from jaxmem.shapes import HeadScalars, Queries, RowInts, SegmentIds
+from pallas_kernels import leaky_average as kernels
+from pallas_kernels._compat import Precision
+from pallas_kernels._interpret import interpreted
+from pallas_kernels.leaky_average import Clock, LeakyAverageConfig
 
 Scaling = Literal["sum", "scaled", "normalised"]
 HeadSums = Float[Array, "B H K"]
 
-declare("leaky_average", "xla", "reference")
+declare("leaky_average", pallas=kernels.unmet, xla=None, reference=None)
 
 
 class LeakyState(NamedTuple):
@@ -61,16 +68,20 @@ def leaky_average(
     initial_state: LeakyState | None = None,
     segment_ids: SegmentIds | None = None,
     initial_segment: RowInts | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: Implementation = "auto",
+    precision: Precision | None = None,
+    config: LeakyAverageConfig | None = None,
+    interpret: bool | None = None,
 ) -> tuple[Queries, LeakyState]:
     r"""Average the past of each channel with weights that decay at its head's rate.
 
     h_t = exp(-rate) h_{t-1} + x_t
     y_t = h_t  |  (1 - exp(-rate)) h_t  |  h_t / Σ_{i≤t} exp(-rate (t-i))
 
-    Cost of the XLA form: O(T C K) FLOPs per head in matrix products; h is kept for the backward
-    pass.
+    Cost per head: 2 T C K FLOPs in chunks of C tokens, 2 T K token by token. Kept for the backward
+    pass: h, in the dtype of x for `sum` and in float32 for the other two. The recurrence is carried
+    in float32 or wider.
 
     Args:
       x: inputs, any T >= 1.
@@ -80,23 +91,69 @@ def leaky_average(
       segment_ids: document of each token; the sum starts anew with each document, and a padded
         token (id 0) leaves it unchanged and gives 0.
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
-      chunk_size: tokens per chunk of the XLA form; speed only, never the result.
+      chunk_size: tokens per chunk of the XLA form, speed only, never the result; None: token by
+        token on a CPU, where that is fastest, 64 elsewhere.
       implementation: `reference` is one step of a `lax.scan` per token, `xla` works in chunks with
-        the true gradient of the rate.
+        the true gradient of the rate, `pallas` does so in one pass over memory.
+      precision: of the products within chunks; None and `high`: about float32, also for half
+        precision inputs; `default`: one product in TF32 or the dtype of x, with a relative error of
+        the weights up to 2^-11 in float32 and float16, 2^-9 in bfloat16; `highest`: float32.
+      config: launch configuration of the kernels; None: that of the tables.
+      interpret: run kernels interpreted; None: where there is no GPU.
 
     Returns:
       y in the dtype of x, and the state after the last token.
 
     Raises:
-      ShapeError: x and rate disagree about the number of heads, or the state about the scaling.
+      ShapeError: x has no token, x and rate disagree about the number of heads, or the state
+        about the scaling.
       UnknownName: no such scaling or implementation.
-      KernelUnsupported: the named implementation does not exist.
+      KernelUnsupported: the named implementation cannot run this call.
 
     Reference: Memory Mosaics (arXiv 2405.06394), eq. 7; nanoMosaics `LeakyAvg` (`sum`), the
       Library's regular form (`scaled`) and its CUDA operator (`normalised`). Differs: the CUDA
       operator returns a decay gradient of wrong magnitude and, for negative parameters, wrong
       sign; this is the true one.
     """
+    _check(x, rate, scaling)
+    form = resolve("leaky_average", implementation, x, rate, config=config)
+    wide = at_least_float32(x).dtype
+    rate = rate.astype(wide)
+    batch, _, heads, width = x.shape
+    if initial_state is None:
+        initial_state = init_leaky_state(batch, heads, width, scaling=scaling, dtype=wide)
+    if scaling == "normalised" and initial_state.weight is None:
+        raise ShapeError(
+            "leaky_average: the initial state has no weight, which `normalised` carries on. "
+            "Make it with init_leaky_state(..., scaling='normalised')."
+        )
+    clock = None if segment_ids is None else _clock(segment_ids, initial_segment)
+    static = _Static(
+        form,
+        chunk_size,
+        precision or "high",
+        config,
+        interpreted(interpret),
+        x.dtype,
+        x.dtype if scaling == "sum" else wide,
+    )
+    sums, total = _run(static, x, rate, initial_state.total.astype(wide), clock)
+    y, weight = sums, initial_state.weight
+    if scaling == "scaled":
+        y = sums * -jnp.expm1(-rate)[:, None]
+    elif weight is not None:
+        ones = jnp.ones((*x.shape[:3], 1), wide)
+        # One channel is too narrow for a kernel.
+        static = static._replace(form="reference" if form == "reference" else "xla", x_dtype=wide)
+        weights, weight = _run(static, ones, rate, weight.astype(wide), clock)
+        # A row that has only seen padding has no weight yet; its outputs are masked below.
+        y = sums / jnp.where(weights == 0, 1.0, weights)
+    if clock is not None:
+        y = jnp.where(clock.valid[:, :, None, None], y, 0.0)
+    return y.astype(x.dtype), LeakyState(total, weight)
+
+
+def _check(x: Array, rate: Array, scaling: str) -> None:
     if scaling not in ("sum", "scaled", "normalised"):
         raise unknown_name("scaling", scaling, ("sum", "scaled", "normalised"))
     if rate.shape != x.shape[2:3]:
@@ -104,51 +161,41 @@ def leaky_average(
             f"leaky_average: rate has shape {rate.shape}, x has {x.shape}. "
             f"Pass one rate per head, shape ({x.shape[2]},)."
         )
-    wide = at_least_float32(x)
-    rate = rate.astype(wide.dtype)
-    batch, _, heads, width = x.shape
-    if initial_state is None:
-        initial_state = init_leaky_state(batch, heads, width, scaling=scaling, dtype=wide.dtype)
-    clock = None if segment_ids is None else _clock(segment_ids, initial_segment)
-    run = _scan_sum if resolve("leaky_average", implementation) == "reference" else _chunked_sum
-    sums = run(wide, rate, initial_state.total, clock, chunk_size)
-    weight = initial_state.weight
-    if scaling == "sum":
-        y = sums
-    elif scaling == "scaled":
-        y = sums * -jnp.expm1(-rate)[:, None]
-    elif weight is None:
+    if 0 in x.shape:
         raise ShapeError(
-            "leaky_average: the initial state has no weight, which `normalised` carries on. "
-            "Make it with init_leaky_state(..., scaling='normalised')."
+            f"leaky_average: an axis of x {x.shape} is empty. Give at least one token."
         )
-    else:
-        ones = jnp.ones((*wide.shape[:3], 1), wide.dtype)
-        weights = run(ones, rate, weight, clock, chunk_size)
-        weight = weights[:, -1]
-        # A row that has only seen padding has no weight yet; its outputs are masked below.
-        y = sums / jnp.where(weights == 0, 1.0, weights)
-    if clock is not None:
-        y = jnp.where(clock.valid[:, :, None, None], y, 0.0)
-    return y.astype(x.dtype), LeakyState(sums[:, -1], weight)
 
 
-class _Clock(NamedTuple):
-    """Time as the recurrence sees it: still at padding, and the sum restarts at a reset."""
-
-    valid: Array  # [B T] bool
-    ticks: Array  # [B T] int: real tokens up to and including t
-    epoch: Array  # [B T] int: resets up to and including t
-
-
-def _clock(segment_ids: SegmentIds, initial_segment: RowInts | None) -> _Clock:
+def _clock(segment_ids: SegmentIds, initial_segment: RowInts | None) -> Clock:
     rows = spans(segment_ids, initial_segment)
-    return _Clock(rows.valid, rows.rank, jnp.cumsum(rows.reset, axis=1))
+    return Clock(rows.rank, jnp.cumsum(rows.reset, axis=1), rows.valid)
 
 
-def _scan_sum(x: Array, rate: Array, start: Array, clock: _Clock | None, chunk_size: int) -> Array:
+class _Static(NamedTuple):
+    """What a call does not trace."""
+
+    form: str
+    chunk: int | None
+    precision: Precision
+    config: LeakyAverageConfig | None
+    interpret: bool
+    x_dtype: jnp.dtype
+    sums_dtype: jnp.dtype
+
+
+def _run(
+    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
+) -> tuple[Array, Array]:
+    """Return all sums, standing still at padding, and the last of them, float32 or wider."""
+    if static.form == "reference":
+        sums = _reference(x.astype(rate.dtype), rate, start, clock)
+        return sums, sums[:, -1]
+    return _sums(static, x, rate, start, clock)
+
+
+def _reference(x: Array, rate: Array, start: Array, clock: Clock | None) -> Array:
     """Run the recurrence one token at a time: the definition, and the decode step."""
-    del chunk_size
     decay = jnp.exp(-rate)[:, None]
     if clock is None:
         factor = jnp.broadcast_to(decay, (x.shape[1], *decay.shape))
@@ -165,151 +212,79 @@ def _scan_sum(x: Array, rate: Array, start: Array, clock: _Clock | None, chunk_s
         h = a * h + x_t
         return h, h
 
-    _, sums = lax.scan(step, start.astype(x.dtype), (factor, jnp.moveaxis(x, 1, 0)))
+    _, sums = lax.scan(step, start, (factor, jnp.moveaxis(x, 1, 0)))
     return jnp.moveaxis(sums, 0, 1)
 
 
-def _chunked_sum(x: Array, rate: Array, start: Array, clock: _Clock | None, chunk: int) -> Array:
-    """Run the recurrence chunk by chunk as matrix products, on a padded number of tokens."""
-    length = x.shape[1]
-    chunk = min(chunk, length)
-    tail = -length % chunk
-    if tail:
-        x = jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, 0)))
-    if clock is None:
-        ticks = epoch = None
-    else:
-        x = jnp.where(jnp.pad(clock.valid, ((0, 0), (0, tail)))[:, :, None, None], x, 0.0)
-        # Padding at the end repeats the last tick and epoch: the sum stands still there.
-        ticks = jnp.pad(clock.ticks, ((0, 0), (0, tail)), mode="edge")
-        epoch = jnp.pad(clock.epoch, ((0, 0), (0, tail)), mode="edge")
-    return _sums(x, rate, start.astype(x.dtype), ticks, epoch, chunk)[:, :length]
+class _Residuals(NamedTuple):
+    """Enough for every backward pass, whichever implementation ran forward."""
+
+    sums: Array  # [B T H K]
+    rate: Array  # [H]
+    start: Array  # [B H K]
+    clock: Clock | None
 
 
-def _sums_value(
-    x: Array, rate: Array, start: Array, ticks: Array | None, epoch: Array | None, chunk: int
-) -> Array:
-    return _walk(x, rate, start, ticks, epoch, chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
+) -> tuple[Array, Array]:
+    return _sums_forward(static, x, rate, start, clock)[0]
 
 
 def _sums_forward(
-    x: Array, rate: Array, start: Array, ticks: Array | None, epoch: Array | None, chunk: int
-) -> tuple[Array, tuple]:
-    sums = _walk(x, rate, start, ticks, epoch, chunk)
-    return sums, (sums, rate, start, ticks, epoch)
+    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
+) -> tuple[tuple[Array, Array], _Residuals]:
+    if static.form == "pallas":
+        kernel = functools.partial(
+            kernels.leaky_sums_forward, out_dtype=static.sums_dtype, **_launch_options(static)
+        )
+        sums, final = first_order("leaky_average", kernel)(x, rate, start, clock)
+    else:
+        sums, final = plain.forward(
+            x.astype(rate.dtype),
+            rate,
+            start,
+            clock,
+            chunk=static.chunk,
+            precision=static.precision,
+        )
+        sums = sums.astype(static.sums_dtype)
+    return (sums, final), _Residuals(sums, rate, start, clock)
 
 
-def _sums_backward(chunk: int, residuals: tuple, cotangent: Array) -> tuple:
-    """Run s_t = g_t + a_{t+1} s_{t+1} backwards in time; dx = s, drate = -Σ a_t <s_t, h_{t-1}>.
+def _sums_backward(static: _Static, residuals: _Residuals, cotangents: tuple) -> tuple:
+    """Add <dstart, start> to the products of a decaying first token; drate = -Σ products."""
+    sums, rate, start, clock = residuals
+    g, g_final = cotangents
+    if static.form == "pallas":
+        kernel = functools.partial(
+            kernels.leaky_sums_backward, x_dtype=static.x_dtype, **_launch_options(static)
+        )
+        dx, products, dstart = first_order("leaky_average", kernel)(g, g_final, sums, rate, clock)
+    else:
+        dx, products, dstart = plain.backward(
+            g.astype(rate.dtype),
+            g_final,
+            sums.astype(rate.dtype),
+            rate,
+            clock,
+            chunk=static.chunk,
+            precision=static.precision,
+        )
+    first = jnp.sum(dstart * start, axis=2)
+    if clock is not None:
+        # After leading padding the first decay comes later, and is among the products.
+        first = jnp.where(clock.valid[:, :1], first, 0.0)
+    return dx.astype(static.x_dtype), -(products + jnp.sum(first, axis=0)), dstart, None
 
-    a_t is λ for a token that continues its document, 1 at padding and 0 at a reset; only the first
-    kind depends on the rate. h_{t-1} is used rather than h_t - x_t, which cancels for large rates.
-    """
-    sums, rate, start, ticks, epoch = residuals
-    adjoint = _walk(cotangent, rate, jnp.zeros_like(start), ticks, epoch, chunk, reverse=True)
-    before = jnp.concatenate([start[:, None], sums[:, :-1]], axis=1)
-    decay = jnp.exp(-rate)
-    if ticks is None:
-        products = jnp.einsum("bthk,bthk->h", adjoint, before)
-        return adjoint, -decay * products, decay[:, None] * adjoint[:, 0], None, None
-    zero = jnp.zeros_like(ticks[:, :1])
-    ticking = jnp.diff(ticks, axis=1, prepend=zero) > 0
-    continuing = jnp.diff(epoch, axis=1, prepend=zero) == 0
-    decaying = (ticking & continuing).astype(adjoint.dtype)
-    products = jnp.einsum("bthk,bthk,bt->h", adjoint, before, decaying)
-    factor = jnp.where(ticking[:, 0, None], decay, 1.0) * continuing[:, 0, None]
-    dx = jnp.where(ticking[:, :, None, None], adjoint, 0.0)
-    return dx, -decay * products, factor[:, :, None] * adjoint[:, 0], None, None
 
-
-_sums = jax.custom_vjp(_sums_value, nondiff_argnums=(5,))
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _walk(
-    x: Array,
-    rate: Array,
-    start: Array,
-    ticks: Array | None,
-    epoch: Array | None,
-    chunk: int,
-    *,
-    reverse: bool = False,
-) -> Array:
-    """Sum within chunks by a triangular matrix of relative decays, and carry between chunks.
-
-    Only differences of time enter an exponent, so nothing overflows however large the rate is.
-    """
-    batch, length, heads, width = x.shape
-    number = length // chunk
-    split = (batch, number, chunk)
-    if ticks is None or epoch is None:
-        ticks = jnp.broadcast_to(jnp.arange(1, chunk + 1), (1, number, chunk))[:, :1]
-        epoch = jnp.zeros_like(ticks)
-        tick_before, epoch_before = jnp.zeros_like(ticks[..., 0]), jnp.zeros_like(ticks[..., 0])
-    else:
-        ticks, epoch = ticks.reshape(split), epoch.reshape(split)
-        tick_before = jnp.pad(ticks[:, :-1, -1], ((0, 0), (1, 0)))
-        epoch_before = jnp.pad(epoch[:, :-1, -1], ((0, 0), (1, 0)))
-    inside = _decays(ticks[..., :, None] - ticks[..., None, :], rate)
-    same = epoch[..., :, None] == epoch[..., None, :]
-    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
-    matrix = jnp.where((same & lower)[..., None], inside, 0.0)
-    entering = _decays(ticks - tick_before[..., None], rate)
-    entering = jnp.where((epoch == epoch_before[..., None])[..., None], entering, 0.0)
-    x = x.reshape(*split, heads, width)
-    if reverse:
-        return _carry_backward(x, matrix, entering).reshape(batch, length, heads, width)
-    return _carry_forward(x, matrix, entering, start).reshape(batch, length, heads, width)
-
-
-def _decays(ticks: Array, rate: Array) -> Array:
-    return jnp.exp(-jnp.maximum(ticks, 0)[..., None].astype(rate.dtype) * rate)
-
-
-def _carry_forward(x: Array, matrix: Array, entering: Array, start: Array) -> Array:
-    inside = _within(matrix, x)
-    if x.shape[1] == 1:
-        return inside + entering[..., None] * start[:, None, None]
-    number = x.shape[1]
-    leaving = jnp.broadcast_to(entering[:, :, -1], (x.shape[0], number, entering.shape[-1]))
-
-    def step(h: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        factor, end = inputs
-        return factor[..., None] * h + end, h
-
-    _, carried = lax.scan(
-        step, start, (jnp.moveaxis(leaving, 1, 0), jnp.moveaxis(inside[:, :, -1], 1, 0))
-    )
-    return inside + entering[..., None] * jnp.moveaxis(carried, 0, 1)[:, :, None]
-
-
-def _carry_backward(g: Array, matrix: Array, entering: Array) -> Array:
-    transposed = jnp.swapaxes(matrix, 2, 3)
-    inside = _within(transposed, g)
-    if g.shape[1] == 1:
-        return inside
-    number = g.shape[1]
-    # What chunk n hands to the last token of chunk n-1: its cotangents, decayed over the entry.
-    handed = jnp.einsum("bnih,bnihk->bnhk", jnp.broadcast_to(entering, (*g.shape[:4],)), g)
-    leaving = jnp.broadcast_to(entering[:, :, -1], (g.shape[0], number, entering.shape[-1]))
-
-    def step(s: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        factor, hand = inputs
-        return factor[..., None] * s + hand, s
-
-    _, carried = lax.scan(
-        step,
-        jnp.zeros_like(handed[:, 0]),
-        (jnp.moveaxis(leaving, 1, 0), jnp.moveaxis(handed, 1, 0)),
-        reverse=True,
-    )
-    to_last = matrix[:, :, -1, :, :, None]  # decay from each token of the chunk to its last one
-    return inside + to_last * jnp.moveaxis(carried, 0, 1)[:, :, None]
-
-
-def _within(matrix: Array, x: Array) -> Array:
-    """Multiply each chunk of x [B N C H K] with its matrix [B|1 N|1 C C H]."""
-    if matrix.shape[:2] == (1, 1):
-        return jnp.einsum("ijh,bnjhk->bnihk", matrix[0, 0], x)
-    return jnp.einsum("bnijh,bnjhk->bnihk", matrix, x)
+def _launch_options(static: _Static) -> dict[str, Any]:
+    return {
+        "config": static.config,
+        "precision": static.precision,
+        "interpret": static.interpret,
+    }

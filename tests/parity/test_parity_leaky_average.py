@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,88 +11,20 @@ import pytest
 
 from jaxmem.ops.leaky_average import LeakyState, decay_rate, leaky_average
 from tests.helpers.compare import FORWARD, GRADIENT, assert_close, rms_error
+from tests.helpers.leaky_average import (
+    CHUNK,
+    IDS,
+    LENGTH,
+    Direct,
+    direct,
+    functional,
+    inputs,
+    state_of,
+)
 
 SCALINGS = ("sum", "scaled", "normalised")
 FORMS = ("xla", "reference")
 RATES = np.array([0.02, 0.7, 4.0], np.float32)
-LENGTH, CHUNK = 37, 16
-LAYOUTS = {
-    "reset at the edge": [1] * 16 + [2] * 21,
-    "resets around the edge": [5] * 15 + [2] * 2 + [5] * 20,
-    "padding before and after": [0] * 3 + [1] * 20 + [2] * 8 + [0] * 6,
-    "padding across the edge": [1] * 13 + [0] * 6 + [1] * 5 + [0] * 2 + [2] * 11,
-    "an empty chunk": [1] * 16 + [0] * 16 + [3] * 5,
-    "only padding": [0] * 37,
-}
-IDS = np.array(list(LAYOUTS.values()), np.int32)
-
-
-class Direct(NamedTuple):
-    """What the closed form gives, float64."""
-
-    y: np.ndarray
-    total: np.ndarray
-    weight: np.ndarray
-
-
-def direct(
-    x: np.ndarray,
-    rate: np.ndarray,
-    start: np.ndarray,
-    start_weight: np.ndarray,
-    *,
-    scaling: str = "sum",
-    ids: np.ndarray | None = None,
-    initial: np.ndarray | None = None,
-) -> Direct:
-    """Sum exp(-rate (t-i)) x_i over the real tokens of t's document, for every t anew: O(T^2)."""
-    x, rate, start, start_weight = (
-        np.asarray(a, np.float64) for a in (x, rate, start, start_weight)
-    )
-    y, total, weight = np.zeros_like(x), start.copy(), start_weight.copy()
-    for row in range(x.shape[0]):
-        document = None if initial is None else initial[row]
-        history: float = 0.0  # decayed steps from the initial state on; infinite after a reset
-        seen: list[int] = []
-        for t in range(x.shape[1]):
-            name = 1 if ids is None else ids[row, t]
-            if name == 0:
-                continue
-            if document not in (None, name):
-                history, seen = np.inf, []
-            document = name
-            seen.append(t)
-            age = np.arange(len(seen))[::-1]
-            decay = np.exp(-rate * age[:, None])  # [I H]
-            # Not exp(-rate * inf): 0 * inf is NaN.
-            left = np.exp(-rate * len(seen)) if history == 0.0 else np.zeros_like(rate)
-            total[row] = np.einsum("ih,ihk->hk", decay, x[row, seen]) + left[:, None] * start[row]
-            weight[row] = (decay.sum(0) + left * start_weight[row, :, 0])[:, None]
-            factor = {
-                "sum": np.ones_like(rate)[:, None],
-                "scaled": -np.expm1(-rate)[:, None],
-                "normalised": 1 / weight[row],
-            }[scaling]
-            y[row, t] = factor * total[row]
-    return Direct(y, total, weight)
-
-
-def inputs(batch: int, length: int, heads: int = 3, width: int = 2) -> tuple[np.ndarray, ...]:
-    """Return x and the total and weight of a state, as float32."""
-    draw = np.random.default_rng(length + 100 * batch)
-    x = draw.normal(size=(batch, length, heads, width))
-    start = draw.normal(size=(batch, heads, width))
-    weight = draw.uniform(1, 2, size=(batch, heads, 1))
-    return tuple(a.astype(np.float32) for a in (x, start, weight))
-
-
-def state_of(total: Any, weight: Any, scaling: str) -> LeakyState:
-    return LeakyState(total, weight if scaling == "normalised" else None)
-
-
-def functional(y: jax.Array) -> jax.Array:
-    """Weigh the entries of an array differently, so that no error cancels in the sum."""
-    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
 
 def value_and_grads(scaling: str, **options: Any) -> Callable[..., Any]:
@@ -254,7 +186,7 @@ def test_gradient_flows_through_the_state():
     assert_close(grads[2], grads[0], GRADIENT)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "pallas"])
 def test_extreme_rates(form: str):
     rates = np.array([0.0, 1e-4, 1.0, 80.0, 1e3], np.float32)
     x, start, _ = inputs(2, LENGTH, heads=len(rates))
@@ -326,7 +258,7 @@ def test_decay_gradient_is_the_numerical_derivative(scaling: str):
         assert rms_error(np.asarray(grad), np.array(slopes)) < 1e-8  # measured 1e-9
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "pallas"])
 def test_half_precision_inputs_keep_a_float32_sum(form: str):
     # 1.0078125 is a bfloat16, its multiples beyond 2 mostly are not: 64 of them make 64.5 exactly,
     # where a bfloat16 sum would stop growing by the fraction.

@@ -6,7 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import KernelUnsupported, ShapeError, UnknownName
+from jaxmem.errors import ShapeError, UnknownName
 from jaxmem.ops.leaky_average import LeakyState, decay_rate, init_leaky_state, leaky_average
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 2, 3))
@@ -61,8 +61,3 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch):
         UnknownName, match=r"Unknown implementation 'referencee'\. Did you mean refer"
     ):
         leaky_average(X, jnp.zeros(2), implementation="referencee")
-
-
-def test_no_kernel_yet():
-    with pytest.raises(KernelUnsupported, match=r"no implementation 'pallas'.*xla, reference"):
-        leaky_average(X, jnp.zeros(2), implementation="pallas")

@@ -1,0 +1,46 @@
+"""The gated-scan kernels lower for CUDA with every entry of their default table."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmem.ops.gated_scan import gated_scan
+from pallas_kernels._compat import lower_for_cuda
+from pallas_kernels._launch import Entry, entries
+from pallas_kernels.gated_scan import NAME, GatedScanConfig, cases
+from pallas_kernels.gated_scan.launch import layout
+from tests.helpers.lowering import kernel_names
+
+
+def label(entry: Entry) -> str:
+    return f"{entry.dtype}-w{entry.width}-t{entry.length}-r{entry.rows}"
+
+
+@pytest.mark.parametrize("entry", entries(NAME), ids=label)
+def test_every_entry_lowers(entry: Entry):
+    for case in cases(entry):
+        x = case.operands[0]
+        splits = layout(GatedScanConfig(**entry.config), x.shape).splits
+        first = case.name.replace("forward", "ends").replace("backward", "handed")
+        wanted = [first, case.name] if splits > 1 else [case.name]
+        assert kernel_names(lower_for_cuda(case.function, *case.operands)) == wanted
+
+
+def test_the_table_has_every_dtype_and_narrow_and_wide_entries():
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert {e.width for e in entries(NAME) if e.dtype == dtype} == {32, 64, 256}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_auto_takes_the_kernels_of_both_passes_under_vmap(implementation: str):
+    x = jax.ShapeDtypeStruct((2, 3, 100, 72), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+    def loss(x: jax.Array, log_decay: jax.Array) -> jax.Array:
+        run = jax.vmap(lambda *args: gated_scan(*args, implementation=implementation)[0])
+        return jnp.sum(run(x, log_decay).astype(jnp.float32))
+
+    lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1)), x, log_decay)
+    wanted = ["gated_forward", "gated_backward"] if implementation == "auto" else []
+    assert kernel_names(lowered) == wanted
+    assert ("while" in lowered.as_text()) is False

@@ -1,0 +1,47 @@
+"""The leaky-average kernels lower for CUDA with every entry of their default table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmem.ops.leaky_average import leaky_average
+from pallas_kernels._compat import lower_for_cuda
+from pallas_kernels._launch import Entry, entries
+from pallas_kernels.leaky_average import NAME, LeakyAverageConfig, cases
+from pallas_kernels.leaky_average.launch import layout
+from tests.helpers.lowering import kernel_names
+
+
+def label(entry: Entry) -> str:
+    return f"{entry.dtype}-w{entry.width}-t{entry.length}-r{entry.rows}"
+
+
+@pytest.mark.parametrize("entry", entries(NAME), ids=label)
+def test_every_entry_lowers(entry: Entry):
+    for case in cases(entry):
+        x = case.operands[0]
+        splits = layout(LeakyAverageConfig(**entry.config), x.shape).splits
+        first = case.name.replace("forward", "ends").replace("backward", "handed")
+        wanted = [first, case.name] if splits > 1 else [case.name]
+        assert kernel_names(lower_for_cuda(case.function, *case.operands)) == wanted
+
+
+def test_the_table_has_split_and_whole_entries_of_every_dtype():
+    for dtype in ("bfloat16", "float16", "float32"):
+        mine = [e for e in entries(NAME) if e.dtype == dtype]
+        assert {e.width for e in mine} == {16, 32, 64, 128, 256}
+
+
+@pytest.mark.parametrize(("dtype", "scaling"), [(jnp.float32, "sum"), (jnp.bfloat16, "normalised")])
+def test_auto_takes_the_kernels_of_both_passes_under_vmap(dtype: jnp.dtype, scaling: str):
+    x = jax.ShapeDtypeStruct((2, 3, 100, 2, 40), dtype)
+    rate = jax.ShapeDtypeStruct((2,), jnp.float32)
+
+    def loss(x: jax.Array, rate: jax.Array) -> jax.Array:
+        run = functools.partial(leaky_average, rate=rate, scaling=scaling)
+        return jnp.sum(jax.vmap(run)(x)[0].astype(jnp.float32))
+
+    lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1)), x, rate)
+    assert kernel_names(lowered) == ["leaky_forward", "leaky_backward"]
