@@ -6,7 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import KernelUnsupported, ShapeError
+from jaxmem.errors import ShapeError
 from jaxmem.ops.attention import Dropout
 from jaxmem.ops.persistent_read import persistent_read
 
@@ -47,8 +47,3 @@ def test_banks_that_do_not_fit(keys: jax.Array, values: jax.Array, monkeypatch: 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ShapeError, match=r"persistent_read: .* do not fit"):
         persistent_read(Q, keys, values, scale=SCALE)
-
-
-def test_no_kernel_yet():
-    with pytest.raises(KernelUnsupported, match="persistent_read has no implementation 'pallas'"):
-        persistent_read(Q, TABLE, TABLE, scale=SCALE, implementation="pallas")
