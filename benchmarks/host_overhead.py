@@ -14,7 +14,7 @@ import numpy as np
 import configs
 from jaxmem.parallel.mesh import batch_sharding, build_mesh
 from jaxmem.tasks.language_modeling import language_model_loss
-from jaxmem.training.model import Model
+from jaxmem.training.model import PRECISIONS, Model
 from jaxmem.training.optim import adamw, decays, learning_rate
 from jaxmem.training.state import StateInit
 from jaxmem.training.step import Steps
@@ -41,7 +41,7 @@ def main() -> None:
         optim=dataclasses.replace(config.optim, accumulate=1),
         run=dataclasses.replace(config.run, precision="float32"),
     )
-    model = Model.of(config, 8)
+    model = Model(config.model, PRECISIONS["float32"])
     mesh = build_mesh(config.parallel)
     sharding = batch_sharding(mesh)
     numbers = np.zeros((1, 2), np.int32)

@@ -49,15 +49,17 @@ def measure(name: str) -> dict[str, Any]:
     import numpy as np
 
     import configs
+    from jaxmem.backbones.base import with_vocabulary
     from jaxmem.parallel.mesh import build_mesh
     from jaxmem.tasks.language_modeling import language_model_loss
-    from jaxmem.training.model import Model
+    from jaxmem.training.model import PRECISIONS, Model
     from jaxmem.training.optim import adamw, decays, learning_rate
     from jaxmem.training.state import StateInit
     from jaxmem.training.step import Steps
 
     config = configs.load(name)
-    model = Model.of(config, VOCABULARY)
+    complete = with_vocabulary(config.model, VOCABULARY, owner="benchmark")
+    model = Model(complete, PRECISIONS[config.run.precision])
     mesh = build_mesh(config.parallel)
     shape = (config.data.batch_size, config.model.context_len + 1)
     tokens = np.random.default_rng(0).integers(VOCABULARY, size=shape, dtype=np.int32)

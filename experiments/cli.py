@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from jaxmem.errors import ConfigError, JaxmemError
 
@@ -170,20 +170,28 @@ def with_mixer(preset: "RunConfig", name: str) -> "RunConfig":
 
     Raises:
       UnknownName: there is no such mixer.
+      ConfigError: the preset's model has no slot for one.
     """
     from jaxmem.mixers.base import config_class
 
-    old, new = preset.model.mixer, config_class(name)
+    old, new = getattr(preset.model, "mixer", None), config_class(name)
+    if old is None:
+        raise ConfigError(
+            f"--mixer {name}: the model of {preset.run.name or 'this config'} has no mixer to "
+            "replace. Choose a preset with a decoder."
+        )
     shared = {f.name for f in dataclasses.fields(old)} & {f.name for f in dataclasses.fields(new)}
+    model: Any = preset.model
     mixer = new(**{field: getattr(old, field) for field in shared})
-    return dataclasses.replace(preset, model=dataclasses.replace(preset.model, mixer=mixer))
+    return dataclasses.replace(preset, model=dataclasses.replace(model, mixer=mixer))
 
 
 def _say_replaced(preset: "RunConfig", config: "RunConfig") -> None:
     """Name what --mixer replaced: a mixer that sees no other token leaves a model that cannot."""
     from jaxmem.mixers.base import config_name
 
-    old, new = (config_name(type(c.model.mixer)) for c in (preset, config))
+    models: tuple[Any, Any] = (preset.model, config.model)
+    old, new = (config_name(type(model.mixer)) for model in models)
     print(f"note: model.mixer: {old} -> {new}", file=sys.stderr)
 
 

@@ -10,13 +10,17 @@ from experiments import cli
 
 if TYPE_CHECKING:
     from jaxmem.data.config import DataConfig
+    from jaxmem.training.model import LoadedRun
 
 PROG = "python -m experiments.evaluate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Loss, perplexity and bits over all non-overlapping windows, with 95 % intervals."""
+    """Of a text: loss, perplexity and bits over all windows, with 95 % intervals.
+
+    Of other tasks: the loss and metrics that training reported, of the chosen checkpoint.
+    """
 
     run: Path
     """Folder of the run."""
@@ -33,14 +37,25 @@ class EvaluateOptions:
 def main(args: list[str]) -> int:
     """Evaluate, print, and write evaluate.json into the run folder."""
     options = cli.parse(EvaluateOptions, args, prog=PROG, description=EvaluateOptions.__doc__)
-    from jaxmem.data.pipeline import load_corpus
     from jaxmem.errors import ConfigError
-    from jaxmem.reports.evaluation import evaluate
     from jaxmem.training.model import load_run
 
     if options.batch_size < 0:
         raise ConfigError(f"--batch-size {options.batch_size} is negative. Use 0 or more.")
     run = load_run(options.run, checkpoint=options.which)
+    about = {"step": run.step, "which": options.which, "split": options.split}
+    text = run.task.tokenizer is not None
+    result = about | (_of_text(run, options) if text else _of_task(run, options))
+    print(_text(options.run, result), flush=True)
+    _keep(options.run / "evaluate.json", result)
+    return 0
+
+
+def _of_text(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
+    """Measure a language model on every token of the split."""
+    from jaxmem.data.pipeline import load_corpus
+    from jaxmem.reports.evaluation import evaluate
+
     corpus = load_corpus(_moved(run.config.data, options.data_path), run.tokenizer)
     micro_batch = run.config.data.batch_size // run.config.optim.accumulate
     found = evaluate(
@@ -50,19 +65,38 @@ def main(args: list[str]) -> int:
         context_len=run.config.model.context_len,
         batch_size=options.batch_size or micro_batch,
     )
-    about = {"step": run.step, "which": options.which, "split": options.split}
-    about |= {"context_len": run.config.model.context_len, "data": corpus.description}
-    result = about | found.to_dict()
-    print(_text(options.run, result), flush=True)
-    _keep(options.run / "evaluate.json", result)
-    return 0
+    about = {"context_len": run.config.model.context_len, "data": corpus.description}
+    return about | found.to_dict()
+
+
+def _of_task(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
+    """Measure on the batches that training evaluated on; sums there are over micro-batches.
+
+    Raises:
+      ConfigError: a flag is given that only a text has a use for.
+    """
+    from jaxmem.errors import ConfigError
+    from jaxmem.training.model import evaluate_batches
+    from jaxmem.training.rundata import run_batches
+
+    for flag, value in (("--data-path", options.data_path), ("--batch-size", options.batch_size)):
+        if value:
+            raise ConfigError(
+                f"{flag} {value}: the run's task makes its own data and batches. Leave it out."
+            )
+    batches = run_batches(run.config, run.task, options.split, "eval")
+    count = run.config.run.eval_batches
+    found = evaluate_batches(run.task, run.model, (next(batches) for _ in range(count)))
+    return {"unit": run.task.unit, "batches": count} | found
 
 
 def _moved(data: "DataConfig", path: Path | None) -> "DataConfig":
-    """Replace the path of the data; a run on the default corpus is then read as `auto`."""
+    """Replace the path of the data; a run on built-in data is then read as `auto`."""
     if path is None:
         return data
-    source = "auto" if data.source == "corpus" else data.source
+    from jaxmem.data.config import PATHLESS
+
+    source = "auto" if data.source in PATHLESS else data.source
     return dataclasses.replace(data, source=source, path=str(path))
 
 
@@ -79,11 +113,17 @@ def _keep(path: Path, result: dict[str, Any]) -> None:
 
 
 def _text(folder: Path, result: dict[str, Any]) -> str:
-    lines = [
-        f"{folder}, {result['which']} checkpoint (step {result['step']}), {result['split']} split: "
-        f"{result['tokens']:,} tokens in {result['windows']:,} windows of {result['context_len']}"
-    ]
-    names = ("loss", "perplexity", "bits_per_token", "bits_per_character", "bits_per_byte")
+    if "windows" in result:
+        size = (
+            f"{result['tokens']:,} tokens in {result['windows']:,} windows of "
+            f"{result['context_len']}"
+        )
+        names = ("loss", "perplexity", "bits_per_token", "bits_per_character", "bits_per_byte")
+    else:
+        size = f"{result['count']:,} {result['unit']} in {result['batches']} batches"
+        names = [name for name, value in result.items() if isinstance(value, float)]
+    checkpoint = f"{result['which']} checkpoint (step {result['step']})"
+    lines = [f"{folder}, {checkpoint}, {result['split']} split: {size}"]
     for name in names:
         if name in result:
             low, high = result.get(f"{name}_ci95", (None, None))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import cli
 
 if TYPE_CHECKING:
+    from jaxmem.tasks.base import Task
     from jaxmem.training.run import TrainResult
 
 PROG = "python -m experiments.train"
@@ -19,8 +20,8 @@ def main(args: list[str]) -> int:
     from jaxmem.training.run import train
     from jaxmem.training.stopping import EXIT_PREEMPTED
 
-    def at_end(result: "TrainResult", model: Any, tokenizer: Any) -> None:
-        _products(parsed, model, tokenizer, shlex.join(command))
+    def at_end(result: "TrainResult", model: Any, task: "Task") -> None:
+        _products(parsed, model, task, shlex.join(command))
 
     result = train(parsed.config, preset=parsed.preset, command=command, at_end=at_end)
     if result.stopped == "already finished":
@@ -28,12 +29,15 @@ def main(args: list[str]) -> int:
     return EXIT_PREEMPTED if result.stopped == "preempted" else 0
 
 
-def _products(parsed: cli.Parsed, model: Any, tokenizer: Any, command: str) -> None:
-    """Write the plot, the samples and the card; show a sample to whoever watches."""
+def _products(parsed: cli.Parsed, model: Any, task: "Task", command: str) -> None:
+    """Write the plot, what the task leaves, and the card; show a sample to whoever watches.
+
+    What a task without text has found, such as whether a claim holds, is shown wherever it goes.
+    """
     from jaxmem.reports.products import make_products
 
-    texts = make_products(parsed.config, parsed.preset, model, tokenizer, command=command)
-    if texts and sys.stdout.isatty():
+    texts = make_products(parsed.config, parsed.preset, model, task, command=command)
+    if texts and (sys.stdout.isatty() or task.tokenizer is None):
         print(f"\n{texts[0]}\n")
 
 
@@ -42,10 +46,9 @@ def _make_up(parsed: cli.Parsed, command: str) -> None:
     from jaxmem.reports.products import missing_products
     from jaxmem.training.model import load_run
 
-    folder = parsed.config.run.folder
-    if missing_products(folder):
-        run = load_run(folder, checkpoint="last")
-        _products(parsed, run.model, run.tokenizer, command)
+    if missing_products(parsed.config):
+        run = load_run(parsed.config.run.folder, checkpoint="last")
+        _products(parsed, run.model, run.task, command)
 
 
 if __name__ == "__main__":

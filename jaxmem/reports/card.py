@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def run_card(
         f"```\n{command}\n```",
         "## Result",
         _result(rows),
-        "![loss](plots/loss.png)",
+        *(f"![{Path(name).stem}]({name})" for name in _pictures(config)),
         _curve(rows),
         f"SHA-256 of the final parameters: `{parameter_checksum(model)}`",
         "## Configuration",
@@ -64,6 +65,16 @@ def run_card(
         markdown_table(("", ""), [(key, _text(value)) for key, value in environment.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _pictures(config: RunConfig) -> list[str]:
+    """Return the paths of the pictures in the run's folder."""
+    return ["plots/loss.png", *(name for name in config.task.products if name.endswith(".png"))]
+
+
+def _metrics(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the task's own metrics on the validation split."""
+    return [key.removeprefix("val_") for key in row if key[:4] == "val_" and key != "val_loss"]
 
 
 def _result(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,6 +88,7 @@ def _result(rows: Sequence[Mapping[str, Any]]) -> str:
         ("validation loss", f"{last['val_loss']:.4f}"),
         ("best validation loss", f"{best['val_loss']:.4f} at update {best['step']:,}"),
     ]
+    facts += [(f"validation {name}", f"{last[f'val_{name}']:.4f}") for name in _metrics(last)]
     if (loss := last.get("eval_train_loss")) is not None:
         facts.append(("training loss, evaluated", f"{loss:.4f}"))
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
@@ -90,17 +102,20 @@ def _result(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    evaluated = [row for row in rows if row.get("val_loss") is not None]
+    metrics = _metrics(evaluated[-1]) if evaluated else []
     table = [
         (
             f"{row['step']:,}",
             f"{row['tokens']:,}",
             _loss(row.get("eval_train_loss")),
             _loss(row["val_loss"]),
+            *(_loss(row.get(f"val_{name}")) for name in metrics),
         )
-        for row in rows
-        if row.get("val_loss") is not None
+        for row in evaluated
     ]
-    return markdown_table(("updates", "tokens", "training loss", "validation loss"), table)
+    named = (f"validation {name}" for name in metrics)
+    return markdown_table(("updates", "tokens", "training loss", "validation loss", *named), table)
 
 
 def _loss(value: float | None) -> str:

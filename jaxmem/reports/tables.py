@@ -1,5 +1,6 @@
 """Markdown tables: the zoo of mixers, and helpers for the other reports."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def zoo_table(presets: Mapping[str, RunConfig]) -> str:
     """Return the table of all registered mixers: paper, state, forms, parity and presets.
 
     Args:
-      presets: configurations by name; a mixer is shown with those that have it in either slot.
+      presets: configurations by name; a mixer is shown with those that have it in a slot.
     """
     lengths = " / ".join(f"{length // 1024}k" for length in ZOO_LENGTHS)
     head = ("mixer", "paper", f"state at {lengths} tokens", "forms", "parity", "presets")
@@ -41,8 +42,10 @@ def zoo_table(presets: Mapping[str, RunConfig]) -> str:
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-def _slots(config: RunConfig) -> tuple[type[MixerConfig], type[MixerConfig]]:
-    return type(config.model.mixer), type(config.model.feed_forward)
+def _slots(config: RunConfig) -> list[type[MixerConfig]]:
+    """Return the mixers of a preset's model; a model without slots has none."""
+    values = (getattr(config.model, field.name) for field in dataclasses.fields(config.model))
+    return [type(value) for value in values if isinstance(value, MixerConfig)]
 
 
 def _forms(config: MixerConfig) -> str:

@@ -1,21 +1,23 @@
 """The configuration of a run: what is trained, on what, how, and where it is written.
 
-The JSON form is one object per dataclass; the two slots of a block carry a `kind`, the registered
-name of their mixer. Unknown keys are errors.
+The JSON form is one object per dataclass; the task, the model and the two slots of a block carry a
+`kind`, their registered name. Unknown keys are errors.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from jaxmem.backbones.decoder import DecoderConfig
+from jaxmem.backbones.base import ModelConfig, model_class, model_name
 from jaxmem.data.config import DataConfig
 from jaxmem.errors import ConfigError, JaxmemError
 from jaxmem.mixers.base import MixerConfig, config_class, config_name
 from jaxmem.parallel.mesh import ParallelConfig
+from jaxmem.tasks.base import TaskConfig, task_class, task_name
+from jaxmem.tasks.language_modeling import LanguageModelingConfig
 from jaxmem.training.optim import OptimConfig
 
 EXEMPT = frozenset(
@@ -103,8 +105,10 @@ def _refused(name: str, value: int, expected: str) -> ConfigError:
 class RunConfig:
     """One run."""
 
-    model: DecoderConfig
+    model: ModelConfig
     """The model."""
+    task: TaskConfig = field(default_factory=LanguageModelingConfig)
+    """What is learnt and measured."""
     data: DataConfig = field(default_factory=DataConfig)
     """What it is trained on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -116,10 +120,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         warmup, decay = self.optim.warmup_steps, self.optim.decay_steps
-        if self.optim.schedule == "cosine" and 0 < decay < warmup:
+        if self.optim.schedule in ("cosine", "linear") and 0 < decay < warmup:
             raise ConfigError(
-                f"`optim.decay_steps={decay}`, at which the cosine ends, comes before the end of "
-                f"the warm-up, `optim.warmup_steps={warmup}`. Use fewer warm-up steps, or "
+                f"`optim.decay_steps={decay}`, at which the {self.optim.schedule} ends, comes "
+                f"before the end of the warm-up, `optim.warmup_steps={warmup}`. Use fewer warm-up "
+                "steps, or "
                 "`--optim.decay-steps 0` for `run.steps`."
             )
         shards = self.parallel.batch_shards
@@ -131,32 +136,57 @@ class RunConfig:
                 f"device{'s' * (shards != 1)} "
                 f"(`parallel.mesh={self.parallel.mesh!r}`). Use a multiple of {parts}."
             )
+        self.task.check(self.model, self.data)
+
+
+class _Family(NamedTuple):
+    """Config classes that stand in for one another, told apart by their `kind`."""
+
+    base: type
+    config_class: Callable[[str], type]
+    name: Callable[[type], str]
+    default: str | None
+    """What a config without `kind` is: version 0.1 knew one kind of model."""
+
+
+_FAMILIES = {
+    "mixer": _Family(MixerConfig, config_class, config_name, None),
+    "model": _Family(ModelConfig, model_class, model_name, "decoder"),
+    "task": _Family(TaskConfig, task_class, task_name, None),
+}
 
 
 @cache
 def _converter() -> Any:
     from cattrs import Converter
-    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
     converter = Converter(forbid_extra_keys=True)
+    for what, family in _FAMILIES.items():
+        _tag(converter, what, family)
+    return converter
 
-    def is_mixer(cls: Any) -> bool:
-        return isinstance(cls, type) and issubclass(cls, MixerConfig)
 
-    def unstructure(value: MixerConfig) -> dict[str, Any]:
+def _tag(converter: Any, what: str, family: _Family) -> None:
+    """Let the converter write and read the `kind` of a family's configs."""
+    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+
+    def belongs(cls: Any) -> bool:
+        return isinstance(cls, type) and issubclass(cls, family.base)
+
+    def unstructure(value: Any) -> dict[str, Any]:
         plain = make_dict_unstructure_fn(type(value), converter)
-        return {"kind": config_name(type(value)), **plain(value)}
+        return {"kind": family.name(type(value)), **plain(value)}
 
-    def structure(tree: Mapping[str, Any], _: type) -> MixerConfig:
+    def structure(tree: Mapping[str, Any], _: type) -> Any:
         fields = dict(tree)
-        if "kind" not in fields:
-            raise ConfigError("a mixer has no `kind`")
-        cls = config_class(fields.pop("kind"))
+        kind = fields.pop("kind", family.default)
+        if kind is None:
+            raise ConfigError(f"a {what} has no `kind`")
+        cls = family.config_class(kind)
         return make_dict_structure_fn(cls, converter)(fields, cls)
 
-    converter.register_unstructure_hook_func(is_mixer, unstructure)
-    converter.register_structure_hook_func(is_mixer, structure)
-    return converter
+    converter.register_unstructure_hook_func(belongs, unstructure)
+    converter.register_structure_hook_func(belongs, structure)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -101,12 +101,21 @@ class RunLog:
             self._bar = None
 
 
-def progress_text(row: Mapping[str, float], seconds_left: float | None) -> str:
-    """Write a row of metrics as one line: losses, speed, time left."""
+def progress_text(
+    row: Mapping[str, float], seconds_left: float | None, unit: str = "tokens"
+) -> str:
+    """Write a row of metrics as one line: losses, the task's metrics, speed, time left.
+
+    Args:
+      row: of metrics.
+      seconds_left: until the end of the run, if that is known.
+      unit: what the task counts, such as `tokens`.
+    """
     names = {"train_loss": "loss", "eval_train_loss": "eval train", "val_loss": "val"}
+    names |= {key: key.replace("_", " ") for key in row if key[:4] == "val_" and key not in names}
     parts = [f"{label} {row[key]:.4f}" for key, label in names.items() if key in row]
     if "tokens_per_s" in row:
-        parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+        parts.append(f"{row['tokens_per_s']:,.0f} {unit}/s")
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
     return "  ".join(parts)

@@ -1,6 +1,6 @@
 """Batches on their way from the data iterator to the devices, one ahead of the step that runs."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmem.parallel.mesh import batch_sharding
+from jaxmem.tasks.base import Batches
 
 Batch = dict[str, jax.Array]
 
@@ -29,8 +30,8 @@ class Place:
 class Feed:
     """Hands out placed batches and knows the position of the first one not handed out."""
 
-    def __init__(self, iterator: Any, place: Place):
-        """Wrap a grain iterator (`get_state`, `set_state`)."""
+    def __init__(self, iterator: Batches, place: Place):
+        """Wrap the iterator of a task."""
         self._iterator = iterator
         self._place = place
         self._pending: Batch | None = None
@@ -73,8 +74,8 @@ class Feed:
 class EvalSet:
     """The same few batches at every evaluation; kept on the host once they were drawn."""
 
-    def __init__(self, batches: Iterable[Mapping[str, np.ndarray]], count: int, place: Place):
-        self._source: Iterator[Mapping[str, np.ndarray]] | None = iter(batches)
+    def __init__(self, batches: Batches, count: int, place: Place):
+        self._source: Batches | None = batches
         self._count = count
         self._place = place
         self._kept: list[dict[str, np.ndarray]] = []

@@ -14,6 +14,7 @@ import jax
 
 import jaxmem
 from jaxmem.errors import CheckpointMismatch, ConfigError
+from jaxmem.tasks.base import Task
 from jaxmem.training.config import EXEMPT, RunConfig, diff, from_json, to_json
 from jaxmem.training.disk import disk_errors, write_atomically
 
@@ -111,9 +112,10 @@ def _compare(saved: RunConfig, config: RunConfig) -> list[str]:
         notes.append(
             "the mesh changed: results equal the earlier ones within rounding, not exactly"
         )
-    if "run.steps" in paths and not config.optim.decay_steps and config.optim.schedule == "cosine":
+    schedule = config.optim.schedule
+    if "run.steps" in paths and not config.optim.decay_steps and schedule in ("cosine", "linear"):
         notes.append(
-            "`optim.decay_steps=0` follows `run.steps`: the cosine now ends at the new one"
+            f"`optim.decay_steps=0` follows `run.steps`: the {schedule} now ends at the new one"
         )
     return notes
 
@@ -153,32 +155,26 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write tokenizer.json, or check that the one of a run that has begun is the same.
+def keep_files(folder: Path, task: Task) -> None:
+    """Write what the task keeps with a run, or check that of a run that has begun.
 
     Raises:
-      CheckpointMismatch: the vocabulary is another one, so the embeddings would be meaningless.
+      CheckpointMismatch: the files of the run do not belong to the data opened now.
     """
-    from jaxmem.data.tokenizers import load_tokenizer
-
-    path = folder / "tokenizer.json"
-    if path.exists() and has_begun(folder):
-        saved = load_tokenizer(path)
-        if saved.fingerprint != tokenizer.fingerprint:
-            raise CheckpointMismatch(
-                f"{path} holds another vocabulary ({saved.kind}, {saved.vocab_size} tokens) than "
-                f"the data now give ({tokenizer.kind}, {tokenizer.vocab_size} tokens): the text "
-                "has changed. Restore it, or choose another `run.dir`."
-            )
+    files = task.files()
+    if has_begun(folder) and all((folder / name).exists() for name in files):
+        task.check_files(folder)
         return
-    write_atomically(path, json.dumps(tokenizer.to_dict()) + "\n")
+    for name, text in files.items():
+        write_atomically(folder / name, text)
 
 
-def check_corpus(config: RunConfig, saved: str, found: str) -> list[str]:
+def check_data(config: RunConfig, task: Task, saved: str, found: str) -> list[str]:
     """Check that the data are those that the checkpoint was trained on.
 
     Args:
       config: the run.
+      task: open; knows what it means that the data differ.
       saved: fingerprint in the newest checkpoint, empty if there is none.
       found: fingerprint of the data.
 
@@ -192,11 +188,10 @@ def check_corpus(config: RunConfig, saved: str, found: str) -> list[str]:
         return []
     if not config.run.allow_config_change:
         raise CheckpointMismatch(
-            f"The data are not those that {config.run.folder} was trained on: the text has "
-            "changed, with the same vocabulary. Restore it, choose another `run.dir`, or resume "
-            "with `--run.allow-config-change`."
+            f"The data are not those that {config.run.folder} was trained on: {task.changed}. "
+            "Restore it, choose another `run.dir`, or resume with `--run.allow-config-change`."
         )
-    return ["the data changed: the text is not the one that the run was begun with"]
+    return ["the data changed: they are not those that the run was begun with"]
 
 
 def environment() -> dict[str, Any]:

@@ -63,11 +63,12 @@ class NonFiniteGuard:
             f"the first gradient that is not finite is {bad[0]}" if bad else "no single gradient"
         )
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        rows = seen.batch["tokens"].addressable_shards[0].data
-        tokens = " ".join(map(str, np.asarray(rows)[0, :16]))
+        name, rows = next(iter(seen.batch.items()))
+        row = np.asarray(rows.addressable_shards[0].data)[0].ravel()[:16]
+        begins = " ".join(f"{x:g}" for x in row)
         return NonFiniteLoss(
             f"Update {int(seen.report.first_bad_step)} is not finite: loss {loss:g}, gradient norm "
-            f"{norm:g}; {where}{more}. Its batch begins with tokens {tokens}. The update was not "
+            f"{norm:g}; {where}{more}. Its batch begins with {name} {begins}. The update was not "
             "applied and nothing after the last good checkpoint was saved. Lower `optim.lr` or "
             "`optim.clip_norm`, or lengthen `optim.warmup_steps`."
         )

@@ -7,14 +7,14 @@ import jax
 from jax.sharding import Mesh
 
 import jaxmem
-from jaxmem.backbones.decoder import Decoder
+from jaxmem.backbones.base import Recurrent
 from jaxmem.ops.dispatch import explain_all
 from jaxmem.parallel.mesh import describe_mesh
 from jaxmem.parallel.rules import describe_shardings
 from jaxmem.training.config import RunConfig, diff
 from jaxmem.training.console import human_bytes
 from jaxmem.training.folder import git_revision
-from jaxmem.training.layout import ModelParts
+from jaxmem.training.layout import ModelParts, Params
 from jaxmem.training.optim import decay_groups
 
 
@@ -25,9 +25,7 @@ def overrides(config: RunConfig, preset: RunConfig | None) -> list[str]:
     return [f"overrides  {text or 'none'}"]
 
 
-def head(
-    config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelParts[Decoder]
-) -> list[str]:
+def head(config: RunConfig, preset: RunConfig | None, mesh: Mesh, parts: ModelParts) -> list[str]:
     """Return the lines that are known before the step is compiled."""
     revision = git_revision()
     shapes = {name: leaf.shape for name, leaf in parts.layout.shapes.items()}
@@ -50,14 +48,17 @@ def head(
         stacked = parts.layout.stacked_shapes
         specs = parts.layout.specs(mesh.shape["fsdp"])
         lines += [f"  {line}" for line in describe_shardings(stacked, specs, mesh)]
-    state = jax.eval_shape(
-        lambda single: jax.tree.leaves(parts.merge_single(single).init_state(1)),
-        dict(parts.layout.shapes),
-    )
-    lines.append(
-        f"state      {human_bytes(_size(state))} per sequence of {config.model.context_len}"
-    )
+    state = jax.eval_shape(lambda single: _state(parts, single), dict(parts.layout.shapes))
+    if state is not None:
+        size = human_bytes(_size(state))
+        lines.append(f"state      {size} per sequence of {config.model.context_len}")
     return lines
+
+
+def _state(parts: ModelParts, single: Params) -> list[jax.Array] | None:
+    """Return the arrays of one sequence's state; None for a model that has none."""
+    model = parts.merge_single(single)
+    return jax.tree.leaves(model.init_state(1)) if isinstance(model, Recurrent) else None
 
 
 def compiled_lines(compiled: Any) -> list[str]:

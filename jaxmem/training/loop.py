@@ -25,11 +25,11 @@ from jaxmem.training.layout import Params
 from jaxmem.training.metrics import JsonlFile, NoFile, Row, Writer, peak_bytes
 from jaxmem.training.state import TrainState, empty_interval
 from jaxmem.training.state_format import StateFormat
-from jaxmem.training.step import Report
+from jaxmem.training.step import Report, Sums
 from jaxmem.training.stopping import StopRequest
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, Report]]
-Evaluate = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+Evaluate = Callable[[Params, Batch], Sums]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,13 @@ class Parts:
     schedule: optax.Schedule
     feed: Feed
     eval_sets: dict[str, EvalSet]
-    """Evaluation batches by the name of their field in the metrics."""
+    """Evaluation batches by what their fields in the metrics begin with."""
     guard: NonFiniteGuard
     form: StateFormat
     corpus: str
     """Fingerprint of the data."""
+    unit: str
+    """What the task counts, for the console."""
     checkpoints: Checkpoints
     jsonl: JsonlFile | NoFile
     writers: Sequence[Writer]
@@ -132,7 +134,8 @@ class Loop:
             for writer in (self.parts.jsonl, *self.parts.writers):
                 writer.write(row)
             left = row["step_ms"] * (run.steps - self.step) / 1e3 if "step_ms" in row else None
-            text = progress_text(row, left if self.step < run.steps else None)
+            left = left if self.step < run.steps else None
+            text = progress_text(row, left, self.parts.unit)
             self.parts.log.progress(self.step, run.steps, text, keep=evaluated)
         self.parts.checkpoints.check()
         if self.step and self._is_due(run.checkpoint_interval):
@@ -152,7 +155,8 @@ class Loop:
             row["grad_norm"] = float(interval.grad_norm)
             row |= {f"aux/{name}": float(x / count) for name, x in interval.aux.items()}
         if evaluated:
-            row |= {name: self._evaluate(name) for name in self.parts.eval_sets}
+            for name in self.parts.eval_sets:
+                row |= {f"{name}_{what}": mean for what, mean in self._evaluate(name).items()}
             self._val_loss = row["val_loss"]
         row["seconds"] = round(self._elapsed(), 3)
         if self._updates:
@@ -164,17 +168,22 @@ class Loop:
         )
         return row
 
-    def _evaluate(self, name: str) -> float:
-        """Return the mean cross-entropy over one evaluation set."""
-        totals = [self.parts.evaluate(self.state.params, b) for b in self.parts.eval_sets[name]]
-        losses, counts = zip(*jax.device_get(totals), strict=True)
-        mean = float(np.sum(losses, dtype=np.float64) / max(int(np.sum(counts)), 1))
-        if not np.isfinite(mean):
+    def _evaluate(self, name: str) -> dict[str, float]:
+        """Return the means of the loss and of the metrics over one evaluation set."""
+        batches = self.parts.eval_sets[name]
+        sums = jax.device_get([self.parts.evaluate(self.state.params, b) for b in batches])
+        count = max(int(np.sum([part.tokens for part in sums])), 1)
+        parts = [{"loss": part.loss} | part.aux for part in sums]
+        means = {
+            what: float(np.sum([part[what] for part in parts], dtype=np.float64) / count)
+            for what in parts[0]
+        }
+        if not np.isfinite(means["loss"]):
             raise NonFiniteLoss(
-                f"{name} is {mean} at step {self.step}, although all updates so far were finite. "
-                "Nothing after the last good checkpoint was saved. Lower `optim.lr`."
+                f"{name}_loss is {means['loss']} at step {self.step}, although all updates so far "
+                "were finite. Nothing after the last good checkpoint was saved. Lower `optim.lr`."
             )
-        return mean
+        return means
 
     def _save(self, *, reported: bool) -> None:
         saved = self._saved

@@ -1,9 +1,10 @@
 """Rows of metrics: always to metrics.jsonl, and to TensorBoard and, if asked, Weights & Biases.
 
-A row is one JSON object: `step` (updates done), `tokens` (scored so far), `train_loss` (mean over
-the tokens since the last row), `lr` and `grad_norm` of the last update, the model's own means under
-`aux/`, and after an evaluation `val_loss` and `eval_train_loss`; then the fields that measure this
-machine: `seconds`, `tokens_per_s`, `step_ms`, `peak_bytes`.
+A row is one JSON object: `step` (updates done), `tokens` (scored so far, or what else the task
+counts), `train_loss` (mean over the tokens since the last row), `lr` and `grad_norm` of the last
+update, the means of the task and the model under `aux/`, and after an evaluation `val_loss` and
+`eval_train_loss` with the same means as `val_NAME` and `eval_train_NAME`; then the fields that
+measure this machine: `seconds`, `tokens_per_s`, `step_ms`, `peak_bytes`.
 """
 
 import json
@@ -199,7 +200,7 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 def _tag(name: str) -> str:
     if name in MACHINE_FIELDS:
         return f"speed/{name}"
-    if name in ("val_loss", "eval_train_loss"):
+    if name.startswith(("val_", "eval_train_")):
         return f"eval/{name}"
     return f"train/{name}"
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jaxmem.backbones.decoder import Decoder, DecoderConfig
+from jaxmem.backbones.base import ModelConfig
 from jaxmem.errors import CheckpointMismatch, ConfigError
-from jaxmem.tasks.language_modeling import language_model_loss
+from jaxmem.tasks.base import Batch, Task, task_name
 from jaxmem.training.checkpoint import Checkpoints, UnreadableCheckpoint
 from jaxmem.training.config import RunConfig
 from jaxmem.training.folder import saved_config
@@ -27,42 +27,46 @@ PRECISIONS = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 class Model:
     """How to build a run's model, and the model taken apart."""
 
-    config: DecoderConfig
+    config: ModelConfig
+    """Complete: the task has filled in what its data decide."""
     compute_dtype: jnp.dtype
-    parts: ModelParts[Decoder] = dataclasses.field(init=False)
+    parts: ModelParts = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", take_apart(self.make))
 
     @classmethod
-    def of(cls, config: RunConfig, vocab_size: int) -> "Model":
-        """Describe the model of a run whose tokenizer has this vocabulary.
+    def of(cls, config: RunConfig, task: Task) -> "Model":
+        """Describe the model of a run whose task is open."""
+        return cls(task.model, PRECISIONS[config.run.precision])
 
-        Raises:
-          ConfigError: `model.vocab_size` is set and smaller than the tokenizer's.
-        """
-        wanted = config.model.vocab_size
-        if wanted and wanted < vocab_size:
-            raise ConfigError(
-                f"`model.vocab_size={wanted}` is smaller than the tokenizer's {vocab_size}. "
-                "Use 0 to take the tokenizer's, or a larger number."
-            )
-        model = dataclasses.replace(config.model, vocab_size=wanted or vocab_size)
-        return cls(model, PRECISIONS[config.run.precision])
-
-    def make(self, rngs: nnx.Rngs) -> Decoder:
+    def make(self, rngs: nnx.Rngs) -> nnx.Module:
         """Build the model with fresh parameters."""
-        return Decoder(self.config, rngs=rngs, compute_dtype=self.compute_dtype)
+        return self.config.build(rngs, self.compute_dtype)
 
 
 class LoadedRun(NamedTuple):
     """A trained model and what belongs to it."""
 
     config: RunConfig
-    model: Decoder
-    tokenizer: Any
+    model: Any
+    task: Task
     step: int
     """Updates that the parameters have seen."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the run's text.
+
+        Raises:
+          ConfigError: the run's task has none.
+        """
+        if self.task.tokenizer is None:
+            raise ConfigError(
+                f"The run's task, {task_name(type(self.config.task))}, has no text and so no "
+                "tokenizer. Choose a run of language_modeling."
+            )
+        return self.task.tokenizer
 
 
 def load_run(folder: Path, *, checkpoint: Literal["best", "last"] | int = "best") -> LoadedRun:
@@ -75,13 +79,11 @@ def load_run(folder: Path, *, checkpoint: Literal["best", "last"] | int = "best"
 
     Raises:
       CheckpointMismatch: this is no run folder, it has no such checkpoint, or it cannot be read.
-      DataError: the tokenizer of the run is missing or damaged.
+      DataError: what the task keeps in the folder (a tokenizer) is missing or damaged.
     """
-    from jaxmem.data.tokenizers import load_tokenizer
-
     config = saved_config(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    model = Model.of(config, tokenizer.vocab_size)
+    task = config.task.restore(config.model, config.data, folder)
+    model = Model.of(config, task)
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     try:
         step = _choose(checkpoints, folder, checkpoint)
@@ -94,7 +96,7 @@ def load_run(folder: Path, *, checkpoint: Literal["best", "last"] | int = "best"
         step, single = _first_readable(checkpoints, [step, *reversed(others)], targets)
     finally:
         checkpoints.release()
-    return LoadedRun(config, model.parts.merge_single(single), tokenizer, step)
+    return LoadedRun(config, model.parts.merge_single(single), task, step)
 
 
 def _choose(checkpoints: Checkpoints, folder: Path, which: Literal["best", "last"] | int) -> int:
@@ -128,18 +130,20 @@ def _first_readable(
     raise AssertionError("there is at least one checkpoint")
 
 
-def mean_loss(model: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
-    """Return the mean loss in nats over the scored tokens of all batches, and their number."""
+def evaluate_batches(task: Task, model: nnx.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the means of the loss (as `loss`) and of the task's metrics over all batches.
+
+    Every scored item counts alike, whatever batch it is in; `count` is their number.
+    """
     graphdef, params = nnx.split(model)
 
     @jax.jit
-    def sums(params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        out = language_model_loss(nnx.merge(graphdef, params), batch)
-        return out.total, out.tokens
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        out = task.loss(nnx.merge(graphdef, params), batch)
+        return out.count, {"loss": out.total} | {n: x * out.count for n, x in out.aux.items()}
 
-    total, tokens = 0.0, 0
-    for batch in batches:
-        loss, count = jax.device_get(sums(params, dict(batch)))
-        total += float(loss)
-        tokens += int(count)
-    return total / max(tokens, 1), tokens
+    found = [jax.device_get(sums(params, dict(batch))) for batch in batches]
+    count = sum(int(number) for number, _ in found)
+    names = found[0][1] if found else {}
+    means = {n: sum(float(total[n]) for _, total in found) / max(count, 1) for n in names}
+    return means | {"count": count}

@@ -1,5 +1,6 @@
 """The optimiser: AdamW with a decay mask, its learning-rate schedule, and gradient clipping."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +23,19 @@ class OptimConfig:
     lr: float = 1e-3
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-4
-    """Learning rate at the end of the cosine and after it; unused by `constant`."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: a half cosine down to `min_lr`, or `lr` for ever."""
+    """Learning rate at the end of `cosine` and `linear` and after it; unused by the others."""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """What follows the warm-up: a half cosine or a straight line down to `min_lr`, drops at
+    `milestones`, or `lr`."""
     warmup_steps: int = 100
     """Updates of linear warm-up from 0; the first update has learning rate 0. A run that is no
     longer than this only warms up."""
     decay_steps: int = 0
-    """Update at which the cosine reaches `min_lr`; 0 means `run.steps`."""
+    """Update at which `cosine` and `linear` reach `min_lr`; 0 means `run.steps`."""
+    milestones: tuple[int, ...] = (10_000,)
+    """Updates from which on the rate of schedule `step` is `gamma` times smaller, rising."""
+    gamma: float = 0.2
+    """Factor of the rate at each of the `milestones`."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95
@@ -49,6 +55,8 @@ class OptimConfig:
             "min_lr": (0 <= self.min_lr <= self.lr, f"between 0 and optim.lr={self.lr}"),
             "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
             "decay_steps": (self.decay_steps >= 0, "0 (= run.steps) or more"),
+            "milestones": (self._milestones_rise(), "rising, each after optim.warmup_steps"),
+            "gamma": (0 < self.gamma <= 1, "in (0, 1]"),
             "beta1": (0 <= self.beta1 < 1, "in [0, 1)"),
             "beta2": (0 <= self.beta2 < 1, "in [0, 1)"),
             "eps": (self.eps > 0, "greater than 0"),
@@ -63,6 +71,12 @@ class OptimConfig:
                     f"Give another `--optim.{field.replace('_', '-')}`."
                 )
 
+    def _milestones_rise(self) -> bool:
+        if self.schedule != "step":
+            return True
+        places = (self.warmup_steps, *self.milestones)
+        return all(a < b for a, b in itertools.pairwise(places))
+
 
 class DecayGroup(NamedTuple):
     """One row of the weight-decay table."""
@@ -76,20 +90,29 @@ class DecayGroup(NamedTuple):
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """Build the schedule as a function of the number of updates done.
 
-    it < warmup: lr it / warmup; then, up to decay,
-    min_lr + (1 + cos(pi (it - warmup) / (decay - warmup))) (lr - min_lr) / 2; then min_lr.
-    Where decay <= warmup, the rate is lr at `it` = warmup and min_lr from the next update on.
+    it < warmup: lr it / warmup. Then, by `config.schedule`:
+    cosine: min_lr + (1 + cos(pi (it - warmup) / (decay - warmup))) (lr - min_lr) / 2 up to decay,
+    min_lr after it; where decay <= warmup, lr at `it` = warmup and min_lr from the next update on;
+    linear: lr + (min_lr - lr) (it - warmup) / (decay - warmup), min_lr after it, alike;
+    step: lr gamma^n, n = number of milestones <= it;
+    constant: lr.
 
     Args:
       config: rates and lengths.
-      steps: `run.steps`, the length of the cosine where `decay_steps` is 0.
+      steps: `run.steps`, where the decay ends if `decay_steps` is 0.
     """
     if config.schedule == "constant":
         after = optax.constant_schedule(config.lr)
+    elif config.schedule == "step":
+        after = optax.piecewise_constant_schedule(
+            config.lr, {it - config.warmup_steps: config.gamma for it in config.milestones}
+        )
     else:
-        length = (config.decay_steps or steps) - config.warmup_steps
-        after = optax.cosine_decay_schedule(
-            config.lr, max(length, 1), alpha=config.min_lr / config.lr
+        length = max((config.decay_steps or steps) - config.warmup_steps, 1)
+        after = (
+            optax.linear_schedule(config.lr, config.min_lr, length)
+            if config.schedule == "linear"
+            else optax.cosine_decay_schedule(config.lr, length, alpha=config.min_lr / config.lr)
         )
     if not config.warmup_steps:
         return after

@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxmem.backbones.decoder import Decoder
 from jaxmem.cache import enable_compilation_cache
 from jaxmem.parallel.mesh import build_mesh
-from jaxmem.tasks.language_modeling import language_model_loss
+from jaxmem.tasks.base import Task
 from jaxmem.training import folder as run_folder
 from jaxmem.training.checkpoint import Checkpoints, Meta
 from jaxmem.training.config import RunConfig, to_dict
@@ -24,7 +23,7 @@ from jaxmem.training.lock import run_lock
 from jaxmem.training.loop import Loop, LoopEnd, Parts
 from jaxmem.training.metrics import JsonlFile, NoFile, TensorBoard, WandB, Writer
 from jaxmem.training.optim import adamw, decays, learning_rate
-from jaxmem.training.rundata import RunData, data_lines, fingerprint, open_data
+from jaxmem.training.rundata import RunData, open_data
 from jaxmem.training.state import StateInit, TrainState
 from jaxmem.training.state_format import StateFormat
 from jaxmem.training.step import Steps
@@ -42,8 +41,8 @@ class TrainResult(NamedTuple):
     stopped: Literal["finished", "preempted", "already finished"]
 
 
-AtEnd = Callable[[TrainResult, Decoder, Any], None]
-"""Called after the last update with the result, the trained model and the tokenizer."""
+AtEnd = Callable[[TrainResult, Any, Task], None]
+"""Called after the last update with the result, the trained model and the task."""
 
 
 def train(
@@ -94,9 +93,9 @@ def train(
             )
             return TrainResult(folder, newest.step, newest.val_loss, "already finished")
         data = data or open_data(config, mesh)
-        corpus = fingerprint(data.corpus)
+        corpus = data.task.fingerprint
         notes = _claim(config, data, corpus, newest, command)
-        for line in (*head(config, preset, mesh, data.model.parts), *data_lines(data.corpus)):
+        for line in (*head(config, preset, mesh, data.model.parts), *data.task.lines()):
             log.line(line)
         return _train(config, mesh, log, checkpoints, data, corpus, at_end, notes)
 
@@ -107,8 +106,8 @@ def _claim(
     """Check once more, now under the lock, that the run may use its folder; describe it there."""
     folder = config.run.folder
     notes = run_folder.check_folder(config)
-    run_folder.check_tokenizer(folder, data.corpus.tokenizer)
-    notes += run_folder.check_corpus(config, newest.corpus if newest else "", corpus)
+    run_folder.keep_files(folder, data.task)
+    notes += run_folder.check_data(config, data.task, newest.corpus if newest else "", corpus)
     return notes + run_folder.write_description(config, command, run_folder.environment())
 
 
@@ -155,7 +154,7 @@ def _assemble(
 ) -> Loop:
     """Compile the step, restore the newest checkpoint or begin, and open the metrics."""
     model, feed = data.model, data.feed
-    steps = Steps(model.parts, language_model_loss, mesh, accumulate=config.optim.accumulate)
+    steps = Steps(model.parts, data.task.loss, mesh, accumulate=config.optim.accumulate)
     schedule = learning_rate(config.optim, config.run.steps)
     optimizer = adamw(config.optim, schedule, model.parts.layout.map_shapes(decays))
     batch = feed.peek()
@@ -182,6 +181,7 @@ def _assemble(
         guard=NonFiniteGuard(steps),
         form=form,
         corpus=corpus,
+        unit=data.task.unit,
         checkpoints=checkpoints,
         jsonl=jsonl,
         writers=writers,
@@ -234,6 +234,6 @@ def _finish(
         log.line(f"Stopped at step {end.step}; start the same command again to go on.")
         return result
     if at_end is not None:
-        at_end(result, data.model.parts.merge(end.state.params), data.corpus.tokenizer)
+        at_end(result, data.model.parts.merge(end.state.params), data.task)
     log.line(f"Finished at step {end.step}, val {end.val_loss:.4f}. Everything is in {folder}.")
     return result

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxmem.parallel.mesh import BATCH_AXES, BATCH_SPEC
 from jaxmem.parallel.rules import split_axis
-from jaxmem.tasks.language_modeling import LOSS_PREFIX, TaskLoss
+from jaxmem.tasks.base import LOSS_PREFIX, TaskLoss
 from jaxmem.training.layout import ModelParts, Params
 from jaxmem.training.optim import clip_by_norm
 from jaxmem.training.state import NEVER, Interval, TrainState
@@ -28,10 +28,11 @@ LossFn = Callable[..., TaskLoss]
 
 
 class Sums(NamedTuple):
-    """Sums over scored tokens; those of parts of a batch add up to those of the batch."""
+    """Sums over scored items; those of parts of a batch add up to those of the batch."""
 
     loss: jax.Array
     tokens: jax.Array
+    """Number of scored items, whatever the task calls them."""
     aux: dict[str, jax.Array]
 
 
@@ -39,7 +40,7 @@ class Report(NamedTuple):
     """What the host may read after an update."""
 
     loss: jax.Array
-    """Mean cross-entropy of this update's batch."""
+    """Mean loss of this update's batch, without the model's own `loss_*`."""
     grad_norm: jax.Array
     first_bad_step: jax.Array
 
@@ -83,7 +84,7 @@ class Steps:
             grads, sums = gradient(state.params, batch, step_key(state))
             norm = optax.tree.norm(grads)
             loss = sums.loss / jnp.maximum(sums.tokens, 1)
-            total = loss + _aux_loss(sums)
+            total = loss + _aux_loss(sums) / jnp.maximum(sums.tokens, 1)
             good = jnp.isfinite(total) & jnp.isfinite(norm)
             first_bad = jnp.where(
                 (state.first_bad_step == NEVER) & ~good, state.step, state.first_bad_step
@@ -103,19 +104,15 @@ class Steps:
 
         return step
 
-    def evaluate(self) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-        """Return (params, batch) -> sum of the cross-entropy and number of scored tokens."""
+    def evaluate(self) -> Callable[[Params, Batch], Sums]:
+        """Return (params, batch) -> the batch's sums, without dropout."""
 
-        def local(shards: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def local(shards: Params, batch: Batch) -> Sums:
             out = self.loss_fn(self.parts.merge(self._gather(shards)), batch)
-            return self._psum((out.total, out.tokens), self.batch_axes)
+            return self._psum(_sums(out), self.batch_axes)
 
         return jax.jit(
-            self._shard_map(
-                local,
-                in_specs=(self.specs, BATCH_SPEC),
-                out_specs=(PartitionSpec(), PartitionSpec()),
-            )
+            self._shard_map(local, in_specs=(self.specs, BATCH_SPEC), out_specs=PartitionSpec())
         )
 
     def _shard_map(self, fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Any:
@@ -138,9 +135,6 @@ class Steps:
 
     def _local_gradient(self, shards: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
         """Compute this device's share of the gradient, micro-batch by micro-batch."""
-        # The count over all devices and micro-batches comes first: dividing each part by its own
-        # count would weight tokens of short parts more.
-        count = self._psum(jnp.sum(batch["targets"] >= 0, dtype=jnp.int32), self.batch_axes)
         shard = sum(
             lax.axis_index(axis) * (self.mesh.shape["fsdp"] if axis == "data" else 1)
             for axis in BATCH_AXES
@@ -153,11 +147,8 @@ class Steps:
 
         def loss(shards: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
             model = self.parts.merge(self._gather(shards))
-            out = self.loss_fn(model, part, rngs=nnx.Rngs(dropout=key))
-            aux = {name: value * out.tokens for name, value in out.aux.items()}
-            sums = Sums(out.total, out.tokens, aux)
-            extra = sum(value for name, value in aux.items() if name.startswith(LOSS_PREFIX))
-            return (out.total + extra) / jnp.maximum(count, 1), sums
+            sums = _sums(self.loss_fn(model, part, rngs=nnx.Rngs(dropout=key)))
+            return sums.loss + _aux_loss(sums), sums
 
         def add_part(
             carry: tuple[Params, Sums], item: tuple[jax.Array, Batch]
@@ -173,7 +164,11 @@ class Steps:
         )
         items = (jnp.arange(self.accumulate), micro)
         (grads, sums), _ = lax.scan(add_part, zeros, items, unroll=self.accumulate == 1)
-        return self._reduce(grads), self._psum(sums, self.batch_axes)
+        sums = self._psum(sums, self.batch_axes)
+        # Only the count over all devices and micro-batches makes sums a mean: dividing each part by
+        # its own count would weight the items of short parts more.
+        count = jnp.maximum(sums.tokens, 1)
+        return jax.tree.map(lambda g: g / count, self._reduce(grads)), sums
 
     def _reduce(self, grads: Params) -> Params:
         """Sum gradients over the batch axes; a split one was summed over `fsdp` by its gather."""
@@ -188,9 +183,12 @@ def step_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
-def _aux_loss(sums: Sums) -> jax.Array:
-    extra = sum(value for name, value in sums.aux.items() if name.startswith(LOSS_PREFIX))
-    return extra / jnp.maximum(sums.tokens, 1)
+def _sums(out: TaskLoss) -> Sums:
+    return Sums(out.total, out.count, {name: mean * out.count for name, mean in out.aux.items()})
+
+
+def _aux_loss(sums: Sums) -> jax.Array | int:
+    return sum(value for name, value in sums.aux.items() if name.startswith(LOSS_PREFIX))
 
 
 def _add(interval: Interval, sums: Sums, norm: jax.Array) -> Interval:

@@ -215,7 +215,7 @@ def test_config_change_must_be_allowed_and_shapes_must_fit(tiny, capsys):
 
 def test_newest_and_best_are_kept(tmp_path, monkeypatch):
     losses = {0: 9.0, 2: 1.0, 4: 5.0, 6: 4.0, 8: 3.0}
-    monkeypatch.setattr(Loop, "_evaluate", lambda self, name: losses[self.step])
+    monkeypatch.setattr(Loop, "_evaluate", lambda self, name: {"loss": losses[self.step]})
     config = tiny_run(tmp_path / "run", run={"steps": 8, "eval_every": 2, "keep": 2})
     train(config)
     kept = sorted(int(p.name) for p in (config.run.folder / "checkpoints").iterdir())

@@ -57,6 +57,32 @@ def test_first_update_has_rate_zero_and_constant_stays():
     assert [float(rate(it)) for it in (0, 2, 4, 5, 1000)] == [0.0, 0.25, 0.5, 0.5, 0.5]
 
 
+def test_a_line_falls_from_lr_to_min_lr_and_stays():
+    config = OptimConfig(schedule="linear", lr=0.5, min_lr=0.1, warmup_steps=2)
+    got = [float(learning_rate(config, 10)(it)) for it in (0, 1, 2, 4, 6, 10, 99)]
+    np.testing.assert_allclose(got, [0.0, 0.25, 0.5, 0.4, 0.3, 0.1, 0.1], rtol=1e-6)
+    shorter = OptimConfig(schedule="linear", lr=0.5, min_lr=0.1, warmup_steps=0, decay_steps=4)
+    np.testing.assert_allclose(learning_rate(shorter, 10)(2), 0.3, rtol=1e-6)
+
+
+def test_steps_shrink_the_rate_at_each_milestone():
+    config = OptimConfig(schedule="step", lr=0.5, warmup_steps=4, milestones=(6, 9), gamma=0.2)
+    rate = learning_rate(config, 100)
+    got = [float(rate(it)) for it in range(12)]
+    want = [0.0, 0.125, 0.25, 0.375, 0.5, 0.5, *[0.1] * 3, *[0.02] * 3]
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    flat = OptimConfig(schedule="step", lr=0.5, warmup_steps=0, milestones=())
+    assert [float(learning_rate(flat, 100)(it)) for it in (0, 50_000)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("milestones", [(300, 200), (300, 300), (100,), (50, 300)])
+def test_milestones_that_do_not_rise_are_refused(milestones):
+    fields = {"schedule": "step", "warmup_steps": 100, "milestones": milestones}
+    with pytest.raises(ConfigError, match=r"optim\.milestones=.*rising.*--optim\.milestones"):
+        OptimConfig(**fields)
+    OptimConfig(**fields | {"schedule": "cosine"})  # which does not use them
+
+
 def test_clipping_scales_to_the_limit_and_leaves_small_gradients():
     grads = {"a": jnp.array([3.0, 4.0])}
     clipped = clip_by_norm(grads, jnp.array(5.0), 1.0)["a"]
@@ -92,7 +118,15 @@ def test_decay_groups_list_every_parameter_once():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lr", 0.0), ("min_lr", 1.0), ("beta2", 1.0), ("accumulate", 0), ("clip_norm", -1.0)],
+    [
+        ("lr", 0.0),
+        ("min_lr", 1.0),
+        ("beta2", 1.0),
+        ("gamma", 0.0),
+        ("gamma", 1.5),
+        ("accumulate", 0),
+        ("clip_norm", -1.0),
+    ],
 )
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ConfigError, match=f"optim.{field}={value}"):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxmem.errors import CheckpointMismatch, ConfigError, DataError, JaxmemError
-from jaxmem.training.model import load_run, mean_loss
+from jaxmem.tasks.language_modeling import fingerprint
+from jaxmem.training.model import evaluate_batches, load_run
 from jaxmem.training.run import TrainResult, train
-from jaxmem.training.rundata import fingerprint
 from tests.helpers.tiny_run import rows, tiny_batch, tiny_run, with_run
 
 
@@ -66,7 +66,8 @@ def test_log_says_what_ran(finished):
 
 def test_at_end_gets_the_trained_model(finished):
     config, result, seen = finished
-    ((given, model, tokenizer),) = seen
+    ((given, model, task),) = seen
+    tokenizer = task.tokenizer
     assert given == result
     loaded = load_run(config.run.folder, checkpoint="last")
     tokens = jnp.asarray(tiny_batch(2)["tokens"] % tokenizer.vocab_size)
@@ -229,13 +230,14 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
     assert train(config).stopped == "finished"
 
 
-def test_mean_loss_weights_by_tokens(finished):
-    _, _, ((_, model, _),) = finished
+def test_means_over_batches_weight_by_tokens(finished):
+    _, _, ((_, model, task),) = finished
     batches = [tiny_batch(2, length=8, scored=s, seed=i) for i, s in enumerate((1.0, 0.2))]
     for batch in batches:
         batch["tokens"] %= 5
         batch["targets"] %= 5
-    loss, tokens = mean_loss(model, batches)
-    parts = [mean_loss(model, [batch]) for batch in batches]
-    assert tokens == sum(count for _, count in parts)
-    np.testing.assert_allclose(loss, sum(x * n for x, n in parts) / tokens, rtol=1e-6)
+    whole = evaluate_batches(task, model, batches)
+    parts = [evaluate_batches(task, model, [batch]) for batch in batches]
+    assert whole["count"] == sum(part["count"] for part in parts)
+    mean = sum(part["loss"] * part["count"] for part in parts) / whole["count"]
+    np.testing.assert_allclose(whole["loss"], mean, rtol=1e-6)

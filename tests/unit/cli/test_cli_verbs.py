@@ -11,6 +11,7 @@ from experiments import cli, doctor, evaluate, sample, zoo
 from jaxmem.data.config import DataConfig
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.mixers.base import names as mixer_names
+from jaxmem.tasks.language_modeling import LanguageModeling
 from jaxmem.training.model import LoadedRun
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
@@ -62,7 +63,8 @@ def trained(tmp_path, monkeypatch):
         data=DataConfig(source="text", path=str(tmp_path / "gone.txt"), batch_size=4),
     )
     model = StandIn(StandInConfig(), rngs=nnx.Rngs(0))
-    run = LoadedRun(config=config, model=model, tokenizer=tokenizer, step=7)
+    task = LanguageModeling(config.model, config.data, tokenizer)
+    run = LoadedRun(config=config, model=model, task=task, step=7)
     monkeypatch.setattr("jaxmem.training.model.load_run", lambda folder, checkpoint: run)
     (tmp_path / "run").mkdir()
     (tmp_path / "moved.txt").write_text("abcdefghij\n" * 60)

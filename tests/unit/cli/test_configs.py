@@ -9,17 +9,22 @@ import pytest
 from flax import nnx
 
 import configs
-from jaxmem.backbones.decoder import Decoder
+from jaxmem.backbones.base import with_vocabulary
 from jaxmem.errors import UnknownName
+from jaxmem.tasks.language_modeling import LanguageModelingConfig
 
 # Characters of the default corpus; tiny Shakespeare, which the papers use, has 65.
 CORPUS_CHARACTERS, TINY_SHAKESPEARE = 83, 65
+STORIES_CHARACTERS = 24
 
 
 def parameters(name, vocab_size):
-    config = configs.load(name).model
-    config = dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    config = configs.load(name)
+    if isinstance(config.task, LanguageModelingConfig):
+        model = with_vocabulary(config.model, vocab_size, owner="tokenizer")
+    else:
+        model = config.task.open(config.model, config.data).model
+    model = nnx.eval_shape(lambda: model.build(nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
@@ -32,8 +37,10 @@ def test_preset_is_short_and_fully_described(name):
     config = configs.load(name)
     assert config.run.name == name
     assert config.run.folder == Path("runs") / name
-    stated = float(about.parameters.removesuffix(" M")) * 1e6
-    assert parameters(name, CORPUS_CHARACTERS) == pytest.approx(stated, rel=5e-3)
+    number, _, millions = about.parameters.partition(" ")
+    stated = float(number) * (1e6 if millions == "M" else 1)
+    characters = STORIES_CHARACTERS if config.data.source == "stories" else CORPUS_CHARACTERS
+    assert parameters(name, characters) == pytest.approx(stated, rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,7 @@ def test_preset_is_short_and_fully_described(name):
         ("mm_shakespeare_char", 10_647_036),
         ("gpt_shakespeare_char", 10_745_088),
         ("mm_gpt2", 123_588_336),
+        ("icll_mm_paper", 396_528),
     ],
 )
 def test_parameter_counts_equal_the_authors(name, published):
@@ -57,6 +65,16 @@ def test_twins_differ_in_the_model_only(size):
     assert dataclasses.replace(mosaic.run, name=gpt.run.name) == gpt.run
     sizes = ("context_len", "dim", "depth", "dropout")
     assert all(getattr(mosaic.model, s) == getattr(gpt.model, s) for s in sizes)
+
+
+@pytest.mark.parametrize("size", ["", "_tiny"])
+def test_in_context_twins_are_of_one_size(size):
+    mosaic, gpt = configs.load(f"icll_mm{size}"), configs.load(f"icll_gpt{size}")
+    assert (mosaic.task, mosaic.data, mosaic.optim) == (gpt.task, gpt.data, gpt.optim)
+    assert dataclasses.replace(mosaic.run, name=gpt.run.name) == gpt.run
+    assert mosaic.run.eval_batches * mosaic.data.batch_size == mosaic.task.test_prompts
+    counts = [parameters(f"icll_{kind}{size}", 0) for kind in ("mm", "gpt")]
+    assert counts[0] == pytest.approx(counts[1], rel=2e-3)
 
 
 def test_unknown_names_are_refused():

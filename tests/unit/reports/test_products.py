@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -11,9 +12,10 @@ import configs
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.reports.card import parameter_checksum, run_card
 from jaxmem.reports.plots import loss_plot
-from jaxmem.reports.products import FILES, make_products, missing_products, sample_texts
+from jaxmem.reports.products import files, make_products, missing_products
 from jaxmem.reports.runs import read_environment, read_metrics
 from jaxmem.reports.tables import markdown_table
+from jaxmem.tasks.language_modeling import LanguageModeling
 from jaxmem.training.console import human_bytes
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
@@ -35,6 +37,10 @@ def config(tmp_path):
     preset = configs.load("mm_tiny")
     run = dataclasses.replace(preset.run, dir=str(tmp_path), samples=2, sample_tokens=5)
     return dataclasses.replace(preset, run=run)
+
+
+def text_task(config, characters):
+    return LanguageModeling(config.model, config.data, CharTokenizer(characters))
 
 
 def test_metrics_without_the_line_that_a_kill_cut_short(tmp_path):
@@ -109,24 +115,24 @@ def test_card_states_result_difference_and_environment(config, model):
 
 def test_products_are_written_and_repeatable(config, model, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    tokenizer = CharTokenizer("\nabcdefghij")
-    assert missing_products(tmp_path)
-    texts = make_products(config, None, model, tokenizer, command="")
-    assert not missing_products(tmp_path)
+    task = text_task(config, "\nabcdefghij")
+    assert missing_products(config)
+    texts = make_products(config, None, model, task, command="")
+    assert not missing_products(config)
     assert len(set(texts)) == 2
     assert (tmp_path / "samples.txt").read_text() == (
         f"--- sample 1 ---\n{texts[0]}\n\n--- sample 2 ---\n{texts[1]}\n\n"
     )
-    before = {name: (tmp_path / name).read_bytes() for name in FILES}
-    assert make_products(config, None, model, tokenizer, command="") == texts
-    assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
+    before = {name: (tmp_path / name).read_bytes() for name in files(config.task)}
+    assert make_products(config, None, model, task, command="") == texts
+    assert {name: (tmp_path / name).read_bytes() for name in files(config.task)} == before
 
 
 def test_samples_without_a_newline_in_the_vocabulary_and_none_at_all(config, model):
-    texts = sample_texts(config, model, CharTokenizer("abcdefghijk"))
+    task, key = text_task(config, "abcdefghijk"), jax.random.key(0)
+    texts = task.sample_texts(model, 2, 5, key)
     assert [len(text) for text in texts] == [5, 5]
-    none = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=0))
-    assert sample_texts(none, model, CharTokenizer("abcdefghijk")) == []
+    assert task.sample_texts(model, 0, 5, key) == []
 
 
 def test_tables():
