@@ -1,0 +1,104 @@
+"""The recall task: what it scores, and what it leaves behind."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.backbones.decoder import DecoderConfig
+from jaxmem.data.config import DataConfig
+from jaxmem.data.recall import RecallShape
+from jaxmem.errors import ConfigError
+from jaxmem.mixers.attention import AttentionConfig
+from jaxmem.mixers.mlp import MLPConfig
+from jaxmem.tasks.associative_recall import AssociativeRecallConfig
+
+CONFIG = AssociativeRecallConfig(
+    rows=RecallShape(pairs=3, questions=2, keys=4, values=4, fillers=3),
+    lengths=(16, 24),
+    test_rows=10,
+)
+MODEL = DecoderConfig(
+    context_len=16,
+    dim=8,
+    depth=1,
+    mixer=AttentionConfig(num_heads=2),
+    feed_forward=MLPConfig(),
+    positions="learned",
+)
+OPTIONS = {"batch_size": 6, "seed": 0, "process_index": 0, "process_count": 1}
+
+
+class Oracle(nnx.Module):
+    """Answers by looking the key up, rightly, or one value further back."""
+
+    def __init__(self, wrong: int = 0):
+        self.wrong = wrong
+
+    def __call__(self, tokens: jax.Array, **_: Any) -> Any:
+        same = tokens[:, :, None] == tokens[:, None, :]
+        place = jnp.argmax(same, axis=2)  # the first time that the token stood
+        answer = jnp.take_along_axis(tokens, jnp.minimum(place + 1, tokens.shape[1] - 1), axis=1)
+        logits = 20.0 * jax.nn.one_hot(answer + self.wrong, CONFIG.rows.vocabulary)
+        return SimpleNamespace(logits=logits, aux={})
+
+
+def test_loss_counts_answers_only():
+    task = CONFIG.open(MODEL, DataConfig())
+    assert task.model.vocab_size == 11
+    batch = next(task.batches("train", **OPTIONS))
+    right = task.loss(Oracle(), batch)
+    assert int(right.count) == 6 * 2
+    assert float(right.aux["accuracy"]) == 1.0
+    assert float(right.total) < 1e-3
+    wrong = task.loss(Oracle(wrong=-1), batch)
+    assert float(wrong.aux["accuracy"]) == 0.0
+    assert float(wrong.total) / 12 == pytest.approx(20, abs=0.1)
+
+
+def test_batches_are_a_function_of_their_number():
+    task = CONFIG.open(MODEL, DataConfig())
+    batches = task.batches("train", **OPTIONS)
+    first, second = next(batches), next(batches)
+    batches.set_state({"next": 0})
+    for name, array in next(batches).items():
+        np.testing.assert_array_equal(array, first[name])
+        assert not np.array_equal(array, second[name])
+    other = next(task.batches("validation", **OPTIONS))
+    assert not np.array_equal(other["tokens"], first["tokens"])
+    assert any("3 facts among filler, 2 questions" in line for line in task.lines())
+    more = dataclasses.replace(CONFIG, rows=dataclasses.replace(CONFIG.rows, keys=5))
+    assert more.open(MODEL, DataConfig()).fingerprint != task.fingerprint
+
+
+def test_finish_measures_other_lengths(tmp_path: Path):
+    task = CONFIG.open(MODEL, DataConfig())
+    (text,) = task.finish(Oracle(), SimpleNamespace(folder=tmp_path), jax.random.key(0))
+    result = json.loads((tmp_path / "extrapolation.json").read_text())
+    assert result == {"trained_at": 16, "accuracy": {"16": 1.0, "24": 1.0}}
+    assert (tmp_path / "extrapolation.md").read_text() == f"{text}\n"
+    assert "| 24 | 100.0% |" in text
+    # Learned positions end with the training length.
+    (text,) = task.finish(
+        task.model.build(nnx.Rngs(0)), SimpleNamespace(folder=tmp_path), jax.random.key(0)
+    )
+    assert "| 24 | fails |" in text
+    result = json.loads((tmp_path / "extrapolation.json").read_text())
+    assert 0 <= result["accuracy"]["16"] < 1
+    assert result["accuracy"]["24"] is None
+    assert set(CONFIG.products) == {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("fields", [{"lengths": (16, 8)}, {"test_rows": 0}])
+def test_senseless_configs_are_refused(fields: dict[str, Any]):
+    with pytest.raises(ConfigError, match="Use lengths of 9 or more"):
+        dataclasses.replace(CONFIG, **fields).check(MODEL, DataConfig())
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        CONFIG.check(MODEL, DataConfig(path="x"))
