@@ -2,11 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from experiments import cli
+
+if TYPE_CHECKING:
+    from jaxmem.generate.sampling import Sampling
+    from jaxmem.training.model import LoadedRun
 
 PROG = "python -m experiments.sample"
 
@@ -36,6 +40,11 @@ class SampleOptions:
     """Choose among tokens at least this fraction as likely as the likeliest."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End a text before this string; may be given several times."""
+    beams: int = 0
+    """Search for the likeliest texts with so many beams instead of drawing; --num-samples says
+    how many of them are shown. Temperature, filters and seed then have no meaning."""
+    length_power: float = 0.0
+    """What --beams ranks by is log-probability / length^this: 0 favours short texts, 1 is fair."""
     seed: int = 0
     """The same seed, prompts and run give the same texts."""
     which: Literal["best", "last"] = "best"
@@ -49,11 +58,13 @@ def main(args: list[str]) -> int:
 
     if options.num_samples < 1:
         raise ConfigError(f"--num-samples {options.num_samples} is not positive. Use 1 or more.")
-    prompts = [p for p in _prompts(options) for _ in range(options.num_samples)]
-    import jax
-
+    if options.beams and options.beams < options.num_samples:
+        raise ConfigError(
+            f"--beams {options.beams} cannot find --num-samples {options.num_samples} texts. "
+            "Use as many beams as samples or more, or 0 to draw."
+        )
+    prompts = _prompts(options)
     from jaxmem.generate.sampling import Sampling
-    from jaxmem.generate.text import generate_text
     from jaxmem.training.model import load_run
 
     sampling = Sampling(
@@ -63,14 +74,30 @@ def main(args: list[str]) -> int:
         min_p=options.min_p,
     )
     run = load_run(options.run, checkpoint=options.which)
-    alone = len(prompts) == 1
+    if options.beams:
+        _search(options, run, prompts)
+    else:
+        _draw(options, run, prompts, sampling)
+    return 0
+
+
+def _draw(
+    options: SampleOptions, run: "LoadedRun", prompts: list[str], sampling: "Sampling"
+) -> None:
+    """Print random continuations; a single one as it comes."""
+    import jax
+
+    from jaxmem.generate.text import generate_text
+
+    rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    alone = len(rows) == 1
     if alone:
-        run.tokenizer.encode(prompts[0])  # an impossible prompt is refused before it is shown
-        print(prompts[0], end="", flush=True)
+        run.tokenizer.encode(rows[0])  # an impossible prompt is refused before it is shown
+        print(rows[0], end="", flush=True)
     texts = generate_text(
         run.model,
         run.tokenizer,
-        prompts,
+        rows,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         key=jax.random.key(options.seed),
@@ -79,11 +106,30 @@ def main(args: list[str]) -> int:
     )
     if alone:
         print()
-        return 0
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        return
+    for number, (prompt, text) in enumerate(zip(rows, texts, strict=True)):
         which, sample = divmod(number, options.num_samples)
         print(f"--- prompt {which + 1}, sample {sample + 1} ---\n{prompt}{text}\n")
-    return 0
+
+
+def _search(options: SampleOptions, run: "LoadedRun", prompts: list[str]) -> None:
+    """Print the likeliest continuations of each prompt, best first."""
+    from jaxmem.generate.text import search_text
+
+    for which, prompt in enumerate(prompts):
+        texts = search_text(
+            run.model,
+            run.tokenizer,
+            prompt,
+            beams=options.beams,
+            max_new_tokens=options.max_new_tokens,
+            length_power=options.length_power,
+            stop=options.stop,
+        )
+        for place, text in enumerate(texts[: options.num_samples]):
+            head = f"--- prompt {which + 1}, place {place + 1} ---\n"
+            alone = len(prompts) == options.num_samples == 1
+            print(f"{prompt}{text}" if alone else f"{head}{prompt}{text}\n", flush=True)
 
 
 def _prompts(options: SampleOptions) -> list[str]:

@@ -6,7 +6,9 @@ from typing import Literal
 from jaxmem.errors import ConfigError, unknown_name
 
 Sampling = Literal["windows", "packed"]
-SOURCES = ("auto", "corpus", "text", "tokens")
+SOURCES = ("auto", "corpus", "stories", "text", "jsonl", "tokens")
+PATHLESS = ("corpus", "stories")
+"""Sources that come with the library and take no path."""
 TFDS_PREFIX = "tfds:"
 
 
@@ -15,13 +17,16 @@ class DataConfig:
     """Text or tokens, how they become ids, and how sequences are drawn from them."""
 
     source: str = "auto"
-    """auto, corpus (Shakespeare's plays, extra `corpus`), text, tokens, or tfds:NAME[/CONFIG].
+    """auto, corpus (Shakespeare's plays, extra `corpus`), stories (short ones, made up by a
+    program), text, jsonl (a JSON string per line), tokens, or tfds:NAME[/CONFIG].
 
     auto takes the corpus when there is no path, a token array for .bin, .npy and folders that
-    hold train.bin, and text for everything else."""
+    hold train.bin, JSON lines for .jsonl, .ndjson and folders that hold train*.jsonl, and text
+    for everything else."""
 
     path: str | None = None
-    """Text file, folder of .txt/.md files, token array; with tfds:NAME the TFDS data folder."""
+    """Text file, folder of .txt/.md files, token array, file of JSON lines or folder with train*
+    and val* (or test*) files of them; with tfds:NAME the TFDS data folder."""
 
     tokenizer: str = "char"
     """char, byte, gpt2 (extra `corpus`), or the path of a tokenizer.json."""
@@ -41,13 +46,9 @@ class DataConfig:
                 f"data.source is {TFDS_PREFIX!r}, expected a TFDS name after the colon. "
                 "Write for example tfds:tiny_shakespeare."
             )
-        if self.source in ("text", "tokens") and self.path is None:
+        if self.source in PATHLESS and self.path is not None:
             raise ConfigError(
-                f"data.source={self.source} needs a path, found none. Give --data.path."
-            )
-        if self.source == "corpus" and self.path is not None:
-            raise ConfigError(
-                f"data.source=corpus takes no path, found data.path={self.path!r}. "
+                f"data.source={self.source} takes no path, found data.path={self.path!r}. "
                 "Drop the path, or use --data.source auto to read it."
             )
         if self.batch_size < 1:

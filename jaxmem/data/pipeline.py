@@ -144,6 +144,9 @@ def batches(
     keyed by seed and split. packed: rows of context_len + 1 tokens, in a new order every epoch.
     Process p of P takes the samples p, p + P, ... of a batch.
 
+    Differs: the authors of Memory Mosaics draw starts below N - context_len - 2, so that the last
+    two windows are never seen; the law is the same for all others.
+
     Args:
       corpus: what to draw from.
       split: ``train`` or ``validation``.

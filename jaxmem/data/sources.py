@@ -1,6 +1,7 @@
 """Where text and tokens come from: plays, files, folders, TFDS sets and token arrays.
 
-Text sources are held in memory; token arrays are memory-mapped and never loaded whole.
+Text sources are held in memory; token arrays are memory-mapped and never loaded whole, and so are
+those made of JSON lines.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ from jaxtyping import Int64, Integer
 from jaxmem.data._tfds import named_set
 from jaxmem.data.config import TFDS_PREFIX, DataConfig
 from jaxmem.data.corpus import CORPUS_NAME, corpus_documents
+from jaxmem.data.json_lines import SUFFIXES as JSON_LINES_SUFFIXES
+from jaxmem.data.json_lines import characters, story_files, story_tokens
+from jaxmem.data.stories import made_up_stories
 from jaxmem.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from jaxmem.errors import ConfigError, DataError
 
@@ -92,23 +96,57 @@ class TextSource:
         """
         documents = list(self.splits[split])
         whole = len(documents) - (self.cut and split == "train") if self._several else 0
-        end = tokenizer.end_of_text
-        if end is None:
-            for index in range(whole):
-                if not documents[index].endswith("\n"):
-                    documents[index] += "\n"
-        pieces = tokenizer.encode_all(documents)
-        if end is not None:
-            tail = np.array([end], np.int32)
-            pieces[:whole] = [np.concatenate((piece, tail)) for piece in pieces[:whole]]
+        pieces = tokenizer.encode_documents(documents[:whole])
+        pieces += tokenizer.encode_all(documents[whole:])
         lengths = np.array([len(piece) for piece in pieces], np.int64)
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")
+        tokens = np.concatenate(pieces, dtype=tokenizer.dtype, casting="unsafe")
         return EncodedSplit(tokens, np.cumsum(lengths) - lengths)
 
     @property
     def _several(self) -> bool:
         return any(len(documents) > 1 for documents in self.splits.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLinesSource:
+    """Files of one JSON string per line, tokenised into the cache; see `jaxmem.data.json_lines`."""
+
+    name: str
+    description: str
+    files: Mapping[str, Sequence[Path]]
+    """Files of each split; without validation files the train split is cut between two texts."""
+
+    def tokenizer(self, spec: str) -> Tokenizer:
+        """Build the tokenizer; ``char`` reads all files for their characters.
+
+        Raises:
+          UnknownName, MissingExtra, DataError: see `build_tokenizer` and `read_stories`.
+        """
+        everything = [file for split in SPLITS for file in self.files[split]]
+        return build_tokenizer(spec, characters(everything) if spec == "char" else "")
+
+    def encode(self, split: str, tokenizer: Tokenizer) -> EncodedSplit:
+        """Map the tokens of a split; every text ends as `Tokenizer.encode_documents` says.
+
+        Raises:
+          DataError: see `story_tokens`; or there is one text only, and no validation file.
+        """
+        if self.files["validation"]:
+            tokens, bounds = story_tokens(self.files[split], tokenizer)
+            return EncodedSplit(tokens, bounds[:-1])
+        tokens, bounds = story_tokens(self.files["train"], tokenizer)
+        if len(bounds) < 3:
+            raise DataError(
+                f"{self.name} holds one text and no validation file, so nothing is left to "
+                "validate on. Give more texts, or a folder with train* and val* files."
+            )
+        # The first text that begins in the last tenth; one at least on either side.
+        first = int(np.searchsorted(bounds, TRAIN_SHARE * bounds[-1]))
+        first = min(max(first, 1), len(bounds) - 2)
+        border = int(bounds[first])
+        if split == "train":
+            return EncodedSplit(tokens[:border], bounds[:first])
+        return EncodedSplit(tokens[border:], bounds[first:-1] - border)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +186,7 @@ def load_source(config: DataConfig) -> Source:
     """Open what ``data.source`` and ``data.path`` name.
 
     Raises:
+      ConfigError: the source needs a path and there is none.
       DataError: missing, empty, unreadable or too short.
       MissingExtra: the default corpus is asked for and its extra is not installed.
     """
@@ -156,9 +195,14 @@ def load_source(config: DataConfig) -> Source:
         kind, reason = _choose(config.path)
     if kind.startswith(TFDS_PREFIX):
         return _tfds_source(kind.removeprefix(TFDS_PREFIX), config.path)
-    if config.path is None:
+    if kind == "corpus":
         documents, what = corpus_documents()
         return _text_source(CORPUS_NAME, f"{reason}{what}", documents)
+    if kind == "stories":
+        documents = made_up_stories()
+        return _text_source("stories", f"{len(documents):,} made-up stories", documents)
+    if config.path is None:
+        raise ConfigError(f"data.source={kind} needs a path, found none. Give --data.path.")
     path = Path(config.path)
     if not path.exists():
         raise DataError(
@@ -167,6 +211,8 @@ def load_source(config: DataConfig) -> Source:
         )
     if kind == "tokens":
         return _token_source(path, reason)
+    if kind == "jsonl":
+        return _json_lines_source(path, reason)
     documents = _read_texts(path)
     what = f"{len(documents)} text file{'s' * (len(documents) != 1)} from {path}"
     return _text_source(path.resolve().stem, f"{reason}{what}", documents)
@@ -194,8 +240,12 @@ def _choose(path: str | None) -> tuple[str, str]:
         return "corpus", "auto, no path: "
     if Path(path).suffix in TOKEN_SUFFIXES:
         return "tokens", f"auto, path ends in {Path(path).suffix}: "
+    if Path(path).suffix in JSON_LINES_SUFFIXES:
+        return "jsonl", f"auto, path ends in {Path(path).suffix}: "
     if (Path(path) / "train.bin").is_file():
         return "tokens", "auto, folder with train.bin: "
+    if any(file for suffix in JSON_LINES_SUFFIXES for file in Path(path).glob(f"train*{suffix}")):
+        return "jsonl", "auto, folder with train*.jsonl: "
     return "text", f"auto, {'folder' if Path(path).is_dir() else 'file'} of text: "
 
 
@@ -256,6 +306,13 @@ def _read_text(path: Path) -> str:
             "Expected UTF-8 text. Convert it, for example with "
             f"iconv -f ISO-8859-1 -t UTF-8, or use --data.source tokens for an array of tokens."
         ) from None
+
+
+def _json_lines_source(path: Path, reason: str) -> JsonLinesSource:
+    files = story_files(path)
+    names = (", ".join(file.name for file in files[split]) for split in SPLITS)
+    how = " / ".join(names) if files["validation"] else "split between texts"
+    return JsonLinesSource(path.resolve().stem, f"{reason}JSON lines from {path}; {how}", files)
 
 
 def _token_source(path: Path, reason: str) -> TokenSource:

@@ -50,6 +50,22 @@ class Tokenizer(abc.ABC):
         """Encode several texts, each alone."""
         return [self.encode(text) for text in texts]
 
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """Encode whole documents, each with its end.
+
+        That is the end-of-text id; without such an id, a newline where the text has none there.
+        """
+        end = self.end_of_text
+        if end is None:
+            return self.encode_all([t if t.endswith("\n") else f"{t}\n" for t in texts])
+        tail = np.array([end], np.int32)
+        return [np.concatenate((ids, tail)) for ids in self.encode_all(texts)]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of arrays of many tokens: uint16 if all ids fit, else uint32."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
     @abc.abstractmethod
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Turn ids into text.

@@ -8,7 +8,7 @@ most ``context_len`` tokens; when a row's state is full, the row starts afresh f
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxmem.errors import ConfigError, NonFiniteLoss
+from jaxmem.generate.prefill import LanguageModel, first_window, pad, read, restart_tokens
 from jaxmem.generate.sampling import Sampling, sample
 
 BLOCK = 32  # tokens decoded per call of the compiled loop, and between two calls of on_tokens
-PREFILL_CHUNK = 256  # bounds the logits of a prefill to [B, 256, X] whatever the prompt's length
 
 # Called with the new tokens of every row since the last call; returns the rows to finish, or None.
 OnTokens = Callable[[list[np.ndarray]], Sequence[int] | None]
-
-
-class _Config(Protocol):
-    @property
-    def context_len(self) -> int: ...
-
-
-class LanguageModel(Protocol):
-    """The part of `jaxmem.backbones.decoder.Decoder` that generation uses."""
-
-    @property
-    def config(self) -> _Config:
-        """What says how many tokens a state may hold."""
-        ...
-
-    def init_state(self, batch: int, *, max_len: int) -> Any:
-        """Return the state before any token."""
-
-    def __call__(
-        self, tokens: Array, state: Any = None, *, segment_ids: Array | None = None
-    ) -> Any:
-        """Run a row of tokens; returns ``.logits`` [B T X] and ``.state``."""
-
-    def step(self, tokens: Array, state: Any, *, segment_ids: Array | None = None) -> Any:
-        """Run one token per row; returns ``.logits`` [B X] and ``.state``."""
 
 
 class _Loop(NamedTuple):
@@ -62,11 +37,6 @@ class _Loop(NamedTuple):
     waiting: Bool[Array, "B"]  # the state is full: needs a restart before the next token
     tokens: Int[Array, "B N"]  # what this block generated; -1 where nothing was
     failed: Bool[Array, "B"]  # the logits held NaN
-
-
-def restart_tokens(tokens: Sequence[int], context_len: int) -> Sequence[int]:
-    """Return the tokens that a row whose state is full starts afresh from."""
-    return tokens[-max(1, context_len // 2) :]
 
 
 def generate(
@@ -116,7 +86,7 @@ def generate(
     numbers = jnp.asarray(range(len(prompts)) if rows is None else rows, jnp.int32)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(numbers)
     texts = [[int(t) for t in prompt] for prompt in prompts]
-    windows = [t if len(t) <= context_len else restart_tokens(t, context_len) for t in texts]
+    windows = [first_window(text, context_len) for text in texts]
     if max_new_tokens == 0:
         return [np.zeros(0, np.int32) for _ in prompts]
     run = _cached if use_cache else _recomputed
@@ -156,7 +126,7 @@ def _cached(job: _Job) -> None:
     done = np.zeros(len(texts), bool)
     while not done.all():
         if any(refill):
-            tokens, lengths = _pad(refill, plan.context_len)
+            tokens, lengths = pad(refill, plan.context_len)
             loop = _refill(graphdef, params, tokens, lengths, loop, context_len=plan.context_len)
         loop = _decode_block(graphdef, params, keys, max_new_tokens, loop, plan=plan)
         block, waiting, done, failed = jax.device_get(
@@ -222,21 +192,6 @@ def _report(new: list[np.ndarray], done: np.ndarray, on_tokens: OnTokens | None)
     return done
 
 
-def _pad(rows: Sequence[Sequence[int]], context_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad on the right to chunks [N B C], N and C powers of two, so that few shapes are compiled.
-
-    C does not exceed ``context_len``, so that a chunk always fits into a state.
-    """
-    lengths = np.asarray([len(r) for r in rows], np.int32)
-    longest = max(1, int(lengths.max()))
-    padded = 1 << (longest - 1).bit_length()
-    chunk = min(PREFILL_CHUNK, padded, 1 << (context_len.bit_length() - 1))
-    tokens = np.zeros((len(rows), padded), np.int32)
-    for row, given in zip(tokens, rows, strict=True):
-        row[: len(given)] = given
-    return tokens.reshape(len(rows), -1, chunk).swapaxes(0, 1), lengths
-
-
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "context_len"))
 def _empty_loop(
     graphdef: nnx.GraphDef[LanguageModel], params: Any, batch: int, context_len: int
@@ -269,26 +224,11 @@ def _refill(
 ) -> _Loop:
     """Start the rows with ``lengths > 0`` afresh from their tokens; leave the others untouched."""
     model = nnx.merge(graphdef, params)
-    num_chunks, batch, chunk = tokens.shape
-
-    def read(carry: tuple[Any, Array], chunk_index: Array) -> tuple[tuple[Any, Array], None]:
-        state, logits = carry
-        place = chunk_index * chunk + jnp.arange(chunk)
-        segment_ids = (place[None] < lengths[:, None]).astype(jnp.int32)
-        out = model(tokens[chunk_index], state, segment_ids=segment_ids)
-        last = lengths - 1 - chunk_index * chunk
-        picked = jnp.take_along_axis(
-            out.logits, jnp.clip(last, 0, chunk - 1)[:, None, None], axis=1
-        )[:, 0]
-        here = (last >= 0) & (last < chunk)
-        return (out.state, jnp.where(here[:, None], picked, logits)), None
-
-    fresh = (model.init_state(batch, max_len=context_len), jnp.zeros_like(loop.logits))
-    (state, logits), _ = jax.lax.scan(read, fresh, jnp.arange(num_chunks))
+    state, logits = read(model, tokens, lengths, context_len)
     chosen = lengths > 0
 
     def pick(new: Array, old: Array) -> Array:
-        return jnp.where(chosen.reshape((batch,) + (1,) * (new.ndim - 1)), new, old)
+        return jnp.where(chosen.reshape(chosen.shape + (1,) * (new.ndim - 1)), new, old)
 
     return loop._replace(
         state=jax.tree.map(pick, state, loop.state),

@@ -8,8 +8,10 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from jaxmem.data.tokenizers import Tokenizer
-from jaxmem.errors import DataError
-from jaxmem.generate.engine import LanguageModel, generate
+from jaxmem.errors import ConfigError, DataError
+from jaxmem.generate.beam import beam_search
+from jaxmem.generate.engine import generate
+from jaxmem.generate.prefill import LanguageModel
 from jaxmem.generate.sampling import Sampling
 
 INCOMPLETE = "\ufffd"  # what decoding shows for the first bytes of a longer character
@@ -134,3 +136,52 @@ def generate_text(
     for r, row in enumerate(rows):
         show(r, row.close())
     return [row.text for row in rows]
+
+
+def search_text(
+    model: LanguageModel | tuple[nnx.GraphDef[LanguageModel], Any],
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    beams: int,
+    max_new_tokens: int,
+    length_power: float = 0.0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Find the continuations with the highest scores; see `jaxmem.generate.beam.beam_search`.
+
+    Args:
+      model: a decoder, or its ``nnx.split``.
+      tokenizer: turns prompts to tokens and tokens to text.
+      prompt: text of any length; an empty one starts as in `generate_text`.
+      beams: hypotheses that are followed, and the most that are returned.
+      max_new_tokens: the most tokens of a continuation.
+      length_power: 0 ranks by probability, 1 by the mean log-probability of a token.
+      stop: strings of one token each that end a continuation, besides the end-of-text token.
+
+    Returns:
+      The continuations, best first, without prompt and stop string.
+
+    Raises:
+      ConfigError: a stop string takes several tokens, or a number is outside its range.
+      DataError: the prompt holds characters that the vocabulary lacks.
+    """
+    stop_tokens = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    for text in filter(None, stop):
+        tokens = tokenizer.encode(text).tolist()
+        if len(tokens) != 1:
+            raise ConfigError(
+                f"The stop string {text!r} takes {len(tokens)} tokens; a search with beams ends "
+                "at strings of one token only. Give another one, or draw without beams."
+            )
+        stop_tokens += tokens
+    found = beam_search(
+        model,
+        tokenizer.encode(prompt) if prompt else first_tokens(tokenizer),
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        length_power=length_power,
+        stop_tokens=stop_tokens,
+        num_tokens=tokenizer.vocab_size,
+    )
+    return [tokenizer.decode(hypothesis.tokens) for hypothesis in found]

@@ -9,8 +9,8 @@ from jaxmem.data.config import DataConfig
 from jaxmem.errors import ConfigError, UnknownName
 
 
-@pytest.mark.parametrize("source", ["auto", "corpus", "tfds:tiny_shakespeare", "tfds:a/b"])
-def test_sources_that_need_no_path(source):
+@pytest.mark.parametrize("source", ["auto", "stories", "jsonl", "tokens", "tfds:tiny_shakespeare"])
+def test_sources_need_no_path_yet(source):
     assert DataConfig(source=source).source == source
 
 
@@ -22,9 +22,8 @@ def test_misspelt_source_names_the_nearest():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"source": "text"}, "--data.path"),
-        ({"source": "tokens"}, "--data.path"),
         ({"source": "corpus", "path": "a.txt"}, "takes no path"),
+        ({"source": "stories", "path": "a.txt"}, "takes no path"),
         ({"source": "tfds:"}, "tfds:tiny_shakespeare"),
         ({"batch_size": 0}, "batch_size=0"),
     ],

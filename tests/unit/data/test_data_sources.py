@@ -112,6 +112,12 @@ def test_missing_path_and_empty_folder(tmp_path):
         load_source(DataConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("source", ["text", "jsonl", "tokens"])
+def test_sources_that_need_a_path(source):
+    with pytest.raises(ConfigError, match=rf"data\.source={source} needs a path.*--data\.path"):
+        load_source(DataConfig(source=source))
+
+
 def test_bin_file_is_mapped_and_split_by_position(tmp_path):
     path = tmp_path / "ids.bin"
     np.arange(100, dtype=np.uint16).tofile(path)

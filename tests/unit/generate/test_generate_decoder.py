@@ -1,10 +1,13 @@
 """Generation with the real decoders: state against recomputation, rows against themselves."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from jaxmem.backbones.decoder import Decoder, DecoderConfig
+from jaxmem.generate.beam import beam_search
 from jaxmem.generate.engine import generate
 from jaxmem.generate.sampling import Sampling
 from jaxmem.mixers.attention import AttentionConfig
@@ -53,3 +56,15 @@ def test_every_row_equals_itself_alone(model):
     for r, prompt in enumerate(PROMPTS):
         alone = generate(model, [prompt], rows=[r], **kwargs)
         assert alone[0].tolist() == together[r].tolist()
+
+
+def test_beams_have_the_probability_that_a_full_pass_gives_them(model):
+    prompt = PROMPTS[1]
+    found = beam_search(model, prompt, beams=4, max_new_tokens=5, stop_tokens=[7])
+    assert len(found) == 4
+    texts = [[*prompt, *h.tokens.tolist(), *[7] * h.stopped] for h in found]
+    padded = jnp.asarray([text + [0] * (10 - len(text)) for text in texts])
+    forward = nnx.jit(lambda decoder, tokens: jax.nn.log_softmax(decoder(tokens).logits))
+    for h, text, log_probs in zip(found, texts, np.asarray(forward(model, padded)), strict=True):
+        wanted = sum(log_probs[i - 1, text[i]] for i in range(len(prompt), len(text)))
+        np.testing.assert_allclose(h.log_prob, wanted, rtol=1e-5, atol=1e-5)

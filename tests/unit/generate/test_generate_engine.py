@@ -9,6 +9,7 @@ from flax import nnx
 from jaxmem.errors import ConfigError, NonFiniteLoss
 from jaxmem.generate import engine
 from jaxmem.generate.engine import generate
+from jaxmem.generate.prefill import pad
 from jaxmem.generate.sampling import Sampling
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
@@ -69,7 +70,7 @@ def test_long_prefill_in_several_chunks():
     model = StandIn(StandInConfig(context_len=700), rngs=nnx.Rngs(1))
     prompts = [np.random.default_rng(r).integers(0, 11, n) for r, n in enumerate([600, 3, 256])]
     kwargs = {"max_new_tokens": 3, "sampling": GREEDY, "key": KEY}
-    tokens, _ = engine._pad([p.tolist() for p in prompts], 700)
+    tokens, _ = pad([p.tolist() for p in prompts], 700)
     assert tokens.shape == (4, 3, 256)
     fast = generate(model, prompts, **kwargs)
     assert lists(fast) == lists(generate(model, prompts, use_cache=False, **kwargs))
@@ -82,6 +83,17 @@ def test_stop_tokens_end_a_row_and_are_left_out(model, use_cache):
     stop = free[1][4]
     expected = [row[: row.index(stop)] if stop in row else row for row in free]
     assert lists(generate(model, PROMPTS, stop_tokens=[stop], **kwargs)) == expected
+
+
+def test_rows_that_stop_at_different_times_equal_themselves_alone(model):
+    kwargs = {"max_new_tokens": 30, "sampling": RANDOM, "key": KEY}
+    free = lists(generate(model, PROMPTS, **kwargs))
+    stops = [free[1][1]]
+    together = lists(generate(model, PROMPTS, stop_tokens=stops, **kwargs))
+    assert len({len(row) for row in together}) == 4
+    for r, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], rows=[r], stop_tokens=stops, **kwargs)
+        assert lists(alone) == [together[r]]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

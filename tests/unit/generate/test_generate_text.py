@@ -6,10 +6,11 @@ import pytest
 from flax import nnx
 
 from jaxmem.data.tokenizers import ByteTokenizer, CharTokenizer
-from jaxmem.errors import DataError
+from jaxmem.errors import ConfigError, DataError
 from jaxmem.generate import text
+from jaxmem.generate.beam import beam_search
 from jaxmem.generate.sampling import Sampling
-from jaxmem.generate.text import first_tokens, generate_text
+from jaxmem.generate.text import first_tokens, generate_text, search_text
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
 TOKENIZER = CharTokenizer("\nabcdefghi")
@@ -104,3 +105,31 @@ def test_what_is_held_back_is_shown_at_the_end():
     row = text._Row(ByteTokenizer().decode, ["END"])
     assert row.add(np.array([69, 78])) == ""
     assert row.close() == "EN"
+
+
+def test_search_decodes_the_best_hypotheses_and_ends_at_strings_of_one_token(model):
+    prompt = TOKENIZER.encode("ab")
+    kwargs = {"beams": 3, "max_new_tokens": 10, "length_power": 1.0}
+    found = search_text(model, TOKENIZER, "ab", **kwargs)
+    wanted = beam_search(model, prompt, num_tokens=10, **kwargs)
+    assert found == [TOKENIZER.decode(h.tokens) for h in wanted]
+    assert len(found) == 3
+    stop = found[0][4]
+    cut = search_text(model, TOKENIZER, "ab", stop=[stop, ""], **kwargs)
+    assert all(stop not in text for text in cut)
+    wanted = beam_search(model, prompt, num_tokens=10, stop_tokens=TOKENIZER.encode(stop), **kwargs)
+    assert cut == [TOKENIZER.decode(h.tokens) for h in wanted]
+    with pytest.raises(ConfigError, match=r"'bc' takes 2 tokens.*one token only"):
+        search_text(model, TOKENIZER, "ab", stop=["bc"], **kwargs)
+
+
+def test_search_ends_at_the_end_of_text(model):
+    class WithEnd(CharTokenizer):
+        end_of_text = 3
+
+    tokenizer = WithEnd("\nabcdefghi")
+    kwargs = {"beams": 4, "max_new_tokens": 6}
+    found = search_text(model, tokenizer, "", **kwargs)
+    wanted = beam_search(model, [3], num_tokens=10, stop_tokens=[3], **kwargs)
+    assert found == [tokenizer.decode(h.tokens) for h in wanted]
+    assert any(h.stopped for h in wanted)
