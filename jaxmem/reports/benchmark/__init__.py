@@ -1,0 +1,1 @@
+"""Measurements: ops beside their baselines, training steps, compiled kernels, launch tables."""

@@ -1,0 +1,159 @@
+"""What a benchmark leaves: one JSON with device, versions, date and command, and its tables."""
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SCHEMA = 1
+Result = dict[str, Any]
+
+
+def environment() -> Result:
+    """Describe the machine and the software."""
+    devices = jax.devices()
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+        "device": {
+            "kind": devices[0].device_kind,
+            "platform": jax.default_backend(),
+            "count": len(devices),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        },
+    }
+
+
+def write(result: Result, path: Path) -> None:
+    """Write a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def table(result: Result) -> str:
+    """Return the Markdown tables of a result, as read from its JSON."""
+    makers = {
+        "ops": _ops,
+        "memory_mosaics": _mosaics,
+        "compile_report": _compiled,
+        "tune": _tuned,
+    }
+    device, versions = result["device"], result["versions"]
+    head = f"{device['kind']}, jax {versions['jax']}, {result['date'][:10]}: `{result['command']}`"
+    return f"{head}\n\n{makers[result['kind']](result)}"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Lay out a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ops(result: Result) -> str:
+    ceilings = result["ceilings"]
+    notes = [
+        f"Ceilings of this run: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
+        f"{ceilings['dtype']} product {ceilings['matmul'] / 1e12:.3g} TFLOP/s. "
+        "Floor: the longer of least bytes and least FLOPs at these.",
+        "An error is the largest of the result's and the gradients', relative, to float64; "
+        "± is the spread of the medians of the rounds.",
+    ]
+    if any(cell["small"] for cell in result["cells"]):
+        notes.insert(0, "Small shapes on a CPU, in processor time of all threads: not for a GPU.")
+    columns = ["op", "shape", "dtype", "form", "forward ms", "of floor", "forward+backward ms"]
+    columns += ["of floor", "compile s", "temp MB", "error"]
+    rows = [_op_row(cell) for cell in result["cells"]]
+    return "\n".join([markdown(columns, rows), "", *notes])
+
+
+def _op_row(cell: Result) -> list[str]:
+    shape = " ".join(f"{letter}{size}" for letter, size in cell["shape"].items())
+    row = [cell["op"], shape, cell["dtype"], cell["form"]]
+    if cell["status"] != "ok":
+        return [*row, cell["reason"], *[""] * 6]
+    both = cell["forward_backward"]
+    for timed in (cell["forward"], both):
+        row += [f"{timed['ms']:.3g} ± {timed['spread']:.0%}", f"{timed['of_floor']:.0%}"]
+    worst = max(cell["errors"].values())
+    return [*row, f"{both['compile_s']:.1f}", f"{both['temp_bytes'] / 2**20:.1f}", f"{worst:.0e}"]
+
+
+def _mosaics(result: Result) -> str:
+    columns = ["model", "parameters", "block", "batch", "leaky average", "ms/step"]
+    columns += ["peak GB", "published ms", "published GB"]
+    rows = []
+    for cell in result["cells"]:
+        ms = "not run" if cell["ms"] is None else f"{cell['ms']:.4g} ± {cell['spread']:.0%}"
+        published = cell["published"] or {}
+        rows.append(
+            [
+                cell["model"],
+                f"{cell['parameters'] / 1e6:.1f} M",
+                str(cell["block"]),
+                str(cell["batch"]),
+                cell["form"],
+                ms,
+                f"{cell['peak_bytes'] / 1e9:.2f}",
+                *(f"{published[key]:g}" if key in published else "" for key in ("ms", "gb")),
+            ]
+        )
+    return "\n".join([markdown(columns, rows), "", *result["notes"]])
+
+
+def _compiled(result: Result) -> str:
+    columns = ["device", "kernel", "dtype", "width", "config", "shared memory", "threads", "spills"]
+    rows = [
+        [
+            cell["device"],
+            cell["kernel"],
+            cell["dtype"],
+            str(cell["width"]),
+            " ".join(f"{k}={v}" for k, v in cell["config"].items()),
+            "" if cell["shared_bytes"] is None else f"{cell['shared_bytes']:,}",
+            "" if cell["threads"] is None else str(cell["threads"]),
+            cell["problem"] or "no",
+        ]
+        for cell in result["cells"]
+    ]
+    parts = [markdown(columns, rows)]
+    if result["steps"]:
+        columns = ["device", "model", "block", "batch", "leaky average", "peak GB"]
+        rows = [
+            [
+                cell["device"],
+                cell["model"],
+                str(cell["block"]),
+                str(cell["batch"]),
+                cell["form"],
+                f"{cell['peak_bytes'] / 1e9:.2f}",
+            ]
+            for cell in result["steps"]
+        ]
+        parts += ["", "Memory of a training step:", "", markdown(columns, rows)]
+    return "\n".join(parts)
+
+
+def _tuned(result: Result) -> str:
+    columns = ["kernel", "dtype", "width", "length", "rows", "ms before", "ms after", "config"]
+    rows = [
+        [
+            cell["kernel"],
+            cell["dtype"],
+            *(str(cell[key]) for key in ("width", "length", "rows")),
+            f"{cell['before_ms']:.3g}",
+            f"{cell['after_ms']:.3g}",
+            " ".join(f"{k}={v}" for k, v in cell["config"].items()),
+        ]
+        for cell in result["cells"]
+    ]
+    return markdown(columns, rows)

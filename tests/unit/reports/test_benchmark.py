@@ -1,0 +1,324 @@
+"""The benchmark: floors, the gate before the clock, the verb with its JSON, and launch tables."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configs
+from experiments import benchmark, cli
+from jaxmem.errors import ConfigError
+from jaxmem.reports.benchmark import cases, cells, compiled, mosaics, ops, result, timing, tune
+from jaxmem.reports.benchmark.work import Ceilings, floor_ms
+from pallas_kernels import _deviceless
+from pallas_kernels._deviceless import KernelUse
+from pallas_kernels._launch import Entry, entries
+
+H200 = Ceilings(copy=4.3e12, matmul=790e12)
+SLOW = Ceilings(copy=1e9, matmul=1e9)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "forward", "backward"),
+    [
+        # Microseconds by hand: elements x 2 bytes x passes / 4.3 TB/s, or FLOPs / 790 TFLOP/s.
+        ("leaky_average", {"B": 8, "T": 2048, "H": 16, "K": 64}, 15.6, 23.4),
+        ("gated_scan", {"B": 1, "T": 32768, "D": 1024}, 46.8, 78.0),
+        ("attention", {"B": 8, "T": 2048, "H": 16, "K": 64}, 87, 217),
+        ("attention", {"B": 1, "T": 32768, "H": 16, "K": 64}, 2784, 6959),
+        # 2 x 4096 queries x 2688 pairs x (64 + 64) x 12 heads = 33.8 GFLOP; backward 2.5 times.
+        ("persistent_read", {"B": 8, "T": 512, "H": 12, "K": 64, "P": 2688, "R": 1}, 42.8, 107),
+    ],
+)
+def test_floors_are_those_computed_by_hand(op: str, shape: Any, forward: float, backward: float):
+    work = cases.find_op(op).work(shape, 2)
+    assert floor_ms(work.forward, H200) * 1e3 == pytest.approx(forward, rel=5e-3)
+    assert floor_ms(work.backward, H200) * 1e3 == pytest.approx(backward, rel=5e-3)
+    assert work.both.bytes == work.forward.bytes + work.backward.bytes
+
+
+def tiny(**changes: Any) -> cases.Case:
+    shape = {"B": 1, "T": 8, "H": 2, "K": 4}
+    op = dataclasses.replace(cases.find_op("leaky_average"), **changes)
+    return cases.Case(op, shape, "float32", small=True)
+
+
+def by_form(case: cases.Case) -> dict[str, cells.Cell]:
+    found = cells.measure_case(case, SLOW, budget=0.0, rounds=1)
+    return {cell["form"]: cell for cell in found}
+
+
+def test_what_is_wrong_is_not_timed():
+    def nearly(x: jax.Array, rate: jax.Array) -> jax.Array:
+        return case.op.exact(x, rate) * (1 + 3e-5)
+
+    def wrong_gradient(x: jax.Array, rate: jax.Array) -> jax.Array:
+        return case.op.exact(x, jax.lax.stop_gradient(rate))
+
+    def nan(x: jax.Array, rate: jax.Array) -> jax.Array:
+        return case.op.exact(x, rate) * jnp.nan
+
+    wrong = {"nearly": nearly, "wrong gradient": wrong_gradient, "nan": nan}
+    case = tiny(baselines=wrong)
+    found = by_form(case)
+    for name in wrong:
+        assert found[name]["status"] == "incorrect"
+        assert "ms" not in found[name]["forward"] | found[name]["forward_backward"]
+        assert "not timed: error" in found[name]["reason"]
+    assert found["xla"]["status"] == "ok"
+    assert found["xla"]["forward"]["ms"] > 0
+    assert found["wrong gradient"]["errors"]["out"] < 1e-6
+    assert found["wrong gradient"]["errors"]["drate"] == 1.0
+
+
+def test_what_needs_too_much_memory_is_not_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(cells._MEMORY, "cpu", 0)
+    case = tiny(baselines={})
+    found = by_form(case)["reference"]
+    assert found["status"] == "skipped"
+    assert "of memory" in found["reason"]
+    assert "errors" not in found
+
+
+def test_kernels_are_not_timed_where_they_are_interpreted():
+    forms, refused = tiny().forms()
+    assert "pallas" not in forms
+    assert refused["pallas"] == "no GPU here; interpreted kernels are not timed"
+
+
+@pytest.mark.parametrize("op", cases.OPS, ids=lambda op: op.name)
+def test_baselines_and_exact_forms_agree(op: cases.Op):
+    shape = {letter: min(size, 4) for letter, size in op.small[0].items()}
+    case = cases.Case(op, shape, "float32", small=True)
+    operands = tuple(case.operands.values())
+    expected = op.exact(*operands)
+    for name, form in {**op.baselines, "xla": lambda *a: op.call(*a, implementation="xla")}.items():
+        difference = np.linalg.norm(np.asarray(form(*operands) - expected, np.float64))
+        assert difference <= 1e-6 * np.linalg.norm(expected), name
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [("512:2k", [512, 1024, 2048]), ("16:100", [16, 32, 64]), ("1K", [1024])],
+)
+def test_lengths(text: str, lengths: list[int]):
+    assert ops.parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "a", "8:4", "0:4", "1:4m", "1:2000k"])
+def test_lengths_that_are_none(text: str):
+    with pytest.raises(ConfigError, match="is no range of lengths"):
+        ops.parse_lengths(text)
+
+
+def test_chained_calls_are_not_optimised_away():
+    sets = [(jnp.ones((8, 3)),), (jnp.zeros((8, 3)),)]
+    both = lambda x: (jnp.sort(x, axis=0), jnp.sort(x, axis=1))  # noqa: E731
+    compiled = jax.jit(timing.chained(both, 5)).lower(sets).compile()
+    text = compiled.as_text()
+    assert text.count(" sort(") == 4
+    # Inside the loop, not before it.
+    assert " sort(" not in text[text.index("ENTRY") :]
+    assert float(compiled(sets)) == 10.0
+
+
+def run_verb(capsys: Any, *args: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(benchmark.main, args)
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def test_the_verb_writes_what_it_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "measure_ceilings", lambda _: SLOW)
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    monkeypatch.setattr(cases, "OPS", (tiny(baselines={}).op,))
+    path = tmp_path / "new" / "result.json"
+    args = ("--op", "leaky_average", "--lengths", "8", "--rounds", "1", "--peers")
+    code, out, err = run_verb(capsys, *args, "--out", str(path))
+    assert code == 0
+    assert "peers are measured on a GPU only" in err
+    found = json.loads(path.read_text())
+    assert out.strip() == result.table(found).strip()
+    assert found["schema"] == result.SCHEMA
+    assert set(found) == {
+        *("schema", "date", "command", "device", "versions", "kind", "ceilings", "cells")
+    }
+    assert found["device"]["platform"] == "cpu"
+    assert found["versions"]["jax"] == jax.__version__
+    timed = [cell for cell in found["cells"] if cell["status"] == "ok"]
+    assert {cell["form"] for cell in timed} == {"xla", "reference"}
+    for cell in timed:
+        assert set(cell["errors"]) == {"out", "dx", "drate"}
+        assert cell["shape"]["T"] == 8
+        for field in ("forward", "forward_backward"):
+            assert set(cell[field]) == {
+                *("compile_s", "temp_bytes", "ms", "call_ms", "spread", "floor_ms", "of_floor")
+            }
+    skipped = [cell for cell in found["cells"] if cell["status"] == "skipped"]
+    assert all(cell["reason"] in out for cell in skipped)
+    assert "Small shapes on a CPU" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "one of --op NAME, --suite NAME, --compile-report and --tune"),
+        (("--op", "attention", "--suite", "kernels"), "one of --op NAME"),
+        (("--suite", "kernels", "--lengths", "8"), "--lengths is for --op NAME"),
+        (("--op", "atention"), "Did you mean attention?"),
+        (("--op", "attention", "--lengths", "8:4"), "is no range of lengths"),
+        (("--op", "attention", "--rounds", "0"), "--rounds 0 measures nothing"),
+        (("--tune",), "--tune measures kernels on a GPU; this is cpu"),
+        (("--tune", "--op", "atention"), "Did you mean attention?"),
+    ],
+)
+def test_mistakes_of_the_user(capsys, args: tuple[str, ...], message: str):
+    code, out, err = run_verb(capsys, *args)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_compile_report_without_the_compiler(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(_deviceless, "missing", lambda: "nothing is installed")
+    code, _, err = run_verb(capsys, "--compile-report")
+    assert code == 2
+    assert "by a plugin. nothing is installed." in err
+
+
+def test_compile_report_tells_the_worst_of_an_entry(monkeypatch: pytest.MonkeyPatch):
+    entry = entries("persistent_read")[0]
+    uses = iter([[KernelUse("a", (1,), 128, 1000)], [KernelUse("b", (1,), 256, 3000)], []])
+    monkeypatch.setattr(_deviceless, "kernel_uses", lambda *_: next(uses))
+
+    def compile_for(kind: str, function: Any, *operands: Any, spills: bool) -> None:
+        assert (kind, spills) == ("NVIDIA H100", False)
+        if function.func.__name__ == "tables_gradient":
+            raise jax.errors.JaxRuntimeError("CANCELLED: discarded due to register spilling")
+
+    monkeypatch.setattr(_deviceless, "compile_for", compile_for)
+    cell = compiled.compile_entry("persistent_read", entry, "NVIDIA H100")
+    assert (cell["shared_bytes"], cell["threads"]) == (3000, 256)
+    assert cell["problem"] == "persistent_read_tables_gradient: spills registers"
+    report = result.environment() | {"kind": "compile_report", "cells": [cell], "steps": []}
+    assert "| 3,000 | 256 | persistent_read_tables_gradient: spills registers |" in result.table(
+        report
+    )
+
+
+MODELS = {name: configs.load(name).model for name in mosaics.PRESETS}
+
+
+def test_full_size_models_have_the_published_parameters():
+    counts = [mosaics.full_step(mosaics.ROWS[n], MODELS).parameters for n in (0, 5)]
+    assert counts == [130_666_080, 756_822_144]
+
+
+def test_both_leaky_averages_make_one_training_step():
+    losses = []
+    for row in mosaics.ROWS[:2]:
+        full = mosaics.small_step(row._replace(block=32, batch=2), MODELS)
+        step = mosaics.Step(
+            dataclasses.replace(full.config, vocab_size=16, dim=8, depth=1),
+            full.batch,
+            full.precision,
+            full.form,
+        )
+        (params, _), loss = jax.jit(step)(step.make_state(), step.tokens())
+        losses.append((loss, params))
+    assert [row.form for row in mosaics.ROWS[:2]] == ["recurrence", "T x T matrix"]
+    difference = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), *losses)
+    assert max(jax.tree.leaves(difference)) < 1e-4
+
+
+def test_only_the_matrix_form_holds_a_matrix():
+    programs = []
+    for row in mosaics.ROWS[:2]:
+        step = mosaics.small_step(row._replace(block=148, batch=1), MODELS)
+        lowered = jax.jit(step).lower(jax.eval_shape(step.make_state), step.tokens())
+        programs.append(lowered.as_text())
+    assert ["tensor<4x37x37xf32>" in text for text in programs] == [False, True]
+
+
+def test_memory_counts_donated_arrays_once():
+    memory = SimpleNamespace(
+        argument_size_in_bytes=10,
+        output_size_in_bytes=9,
+        alias_size_in_bytes=8,
+        temp_size_in_bytes=5,
+    )
+    assert mosaics.peak_bytes(memory) == 16
+
+
+def test_table_of_training_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_deviceless, "missing", lambda: "nothing is installed")
+    step = mosaics.small_step(mosaics.ROWS[0], MODELS)
+    small = mosaics._cell(mosaics.ROWS[0], step, 2 * 10**9, small=True) | {"ms": 3.0, "spread": 0.1}
+    full = mosaics._cell(mosaics.ROWS[0], step, 10**9, small=False)
+    notes = [mosaics.predict(MODELS)[1]]
+    text = result.table(
+        result.environment() | {"kind": "memory_mosaics", "cells": [small, full], "notes": notes}
+    )
+    assert "| mm_library (reduced) | 0.1 M | 128 | 8 | recurrence | 3 ± 10% | 2.00 |  |  |" in text
+    assert "| not run | 1.00 | 189 | 7.7 |" in text
+    assert "not predicted: nothing is installed" in text
+
+
+ENTRY = Entry("bfloat16", 64, 2048, 16, {"block": 64, "num_warps": 4, "num_stages": 3})
+
+
+def test_tuning_walks_to_the_fastest_and_past_what_fails():
+    asked = []
+
+    def seconds(entry: Entry, start: Entry) -> float | None:
+        assert start == ENTRY
+        asked.append(tuple(entry.config.values()))
+        if entry.config["num_stages"] == 4:
+            return None
+        return 1.0 + abs(entry.config["block"] - 256) / 256 + abs(entry.config["num_warps"] - 8) / 8
+
+    cell = tune.tune_entry("attention", ENTRY, seconds)
+    assert cell["config"] == {"block": 256, "num_warps": 8, "num_stages": 3}
+    assert (cell["before_ms"], cell["after_ms"]) == (2250.0, 1000.0)
+    assert len(asked) == len(set(asked)) == cell["tried"]
+    with pytest.raises(ConfigError, match="does not run with its default entry"):
+        tune.tune_entry("attention", ENTRY, lambda *_: None)
+
+
+def test_a_gain_within_noise_changes_nothing():
+    cell = tune.tune_entry("attention", ENTRY, lambda e, s: 1.0 if e == s else 0.98)
+    assert cell["config"] == ENTRY.config
+
+
+def test_tuned_tables_are_read_back(tmp_path, monkeypatch):
+    from pallas_kernels import _launch
+
+    path = tune.write_table("NVIDIA H200", "attention", [ENTRY, ENTRY], root=tmp_path)
+    assert path == tmp_path / "nvidia_h200" / "attention.json"
+    monkeypatch.setattr(_launch, "TABLES", tmp_path)
+    assert entries("attention", "NVIDIA H200") == [ENTRY, ENTRY]
+
+
+def test_results_that_differ_do_not_agree():
+    x = {"a": jnp.arange(1.0, 5.0), "b": jnp.ones(2)}
+    assert tune.agree(x, jax.tree.map(lambda a: a * 1.01, x))
+    assert not tune.agree(x, x | {"b": jnp.array([1.0, 0.0])})
+    assert not tune.agree(x, x | {"b": jnp.array([1.0, jnp.nan])})
+
+
+def test_operands_for_tuning():
+    shapes = (
+        jax.ShapeDtypeStruct((64,), jnp.float32),
+        (jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.uint32)),
+    )
+    rate, (x, seed) = tune.draw(shapes)
+    assert float(jnp.min(rate)) > 0
+    assert x.dtype == jnp.bfloat16
+    assert float(jnp.min(x)) < 0
+    assert seed.tolist() == [0, 0]
