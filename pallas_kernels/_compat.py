@@ -1,9 +1,162 @@
-"""The single place that knows the differences between JAX 0.10.2 and 0.12.x."""
+"""The single place that knows the differences between JAX 0.10.2 and 0.12.x.
 
-from collections.abc import Sequence
+It is also the only module that imports Pallas. JAX 0.11.0 deprecated the Triton backend of Pallas;
+when it goes, `backend_missing` says so and every op runs its XLA form. Kernel files use the names
+below, so that a move to another backend changes this file, and loads and stores, not mathematics.
+"""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
+
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+except ImportError as error:  # the backend is announced to be removed
+    pl: Any = None
+    plgpu: Any = None
+    _MISSING = f"jax {jax.__version__} has no Pallas Triton backend ({error})"
+else:
+    _MISSING = None
+
+Precision = Literal["default", "high", "highest"]
+"""Products of float32 tiles: TF32, three TF32 products (about float32), or IEEE float32."""
+
+TRITON_WARNING = "The Pallas Triton backend is deprecated"
+
+
+def backend_missing() -> str | None:
+    """Say why kernels cannot be built with this JAX, or None."""
+    return _MISSING
+
+
+class Target(NamedTuple):
+    """The GPU that kernels are compiled for."""
+
+    kind: str
+    """Marketing name, such as `NVIDIA H200`."""
+    capability: tuple[int, int]
+    """CUDA compute capability."""
+
+
+# Capabilities of the devices that may be stood in for; real ones report their own.
+_STAND_INS = {
+    "NVIDIA A100": Target("NVIDIA A100", (8, 0)),
+    "NVIDIA H100": Target("NVIDIA H100", (9, 0)),
+    "NVIDIA H200": Target("NVIDIA H200", (9, 0)),
+}
+_stand_in: contextvars.ContextVar[Target | None] = contextvars.ContextVar("stand_in", default=None)
+
+
+def target() -> Target | None:
+    """Return the GPU that a kernel traced now is compiled for; None where there is none."""
+    stand_in = _stand_in.get()
+    if stand_in is not None or jax.default_backend() != "gpu":
+        return stand_in
+    device = jax.devices()[0]
+    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    return Target(device.device_kind, (int(major), int(minor or 0)))
+
+
+@contextlib.contextmanager
+def stand_in_gpu(kind: str = "NVIDIA H100", cores: int = 132) -> Iterator[None]:
+    """Trace and lower as if a GPU of this kind were there; nothing is run.
+
+    Raises:
+      KeyError: the capability of this kind of device is not known here.
+    """
+    device = AbstractDevice(kind, num_cores=cores, platform="gpu")
+    token = _stand_in.set(_STAND_INS[kind])
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=TRITON_WARNING, category=DeprecationWarning)
+            # The mesh also keeps what is traced here apart in the caches of jit.
+            with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+                yield
+    finally:
+        _stand_in.reset(token)
+
+
+def lower_for_cuda(function: Callable, *operands: Any, kind: str = "NVIDIA H100") -> Any:
+    """Lower a function for CUDA on any machine; operands may be `jax.ShapeDtypeStruct`s."""
+    with stand_in_gpu(kind):
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def launch(
+    kernel: Callable,
+    *,
+    name: str,
+    grid: Sequence[int],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+) -> Callable:
+    """Return the kernel as a function of arrays.
+
+    The backend is always named by its parameters: JAX versions differ about the default one.
+    """
+    if pl is None or plgpu is None:
+        raise NotImplementedError(_MISSING)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=tuple(grid),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )
+
+
+def load(ref: Any, mask: Array | None = None, other: float = 0.0) -> Array:
+    """Read a (slice of a) reference, with `other` where the mask is False.
+
+    Write the slice as `ref.at[...]`. A masked slice may reach beyond the array.
+    """
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=mask, other=other)
+
+
+def store(ref: Any, value: Array, mask: Array | None = None) -> None:
+    """Write a (slice of a) reference, `ref.at[...]`, where the mask is True."""
+    plgpu.store(ref, value.astype(ref.dtype), mask=mask)
+
+
+def mm(
+    a: Array,
+    b: Array,
+    *,
+    ta: bool = False,
+    tb: bool = False,
+    precision: Precision = "default",
+    interpret: bool = False,
+) -> Array:
+    """Multiply two tiles of one dtype, accumulated in float32; `ta`, `tb` transpose an operand.
+
+    Interpreted on CPU, every precision is IEEE float32: the TF32 presets do not exist there.
+    """
+    dimensions = (((0,) if ta else (1,), (1,) if tb else (0,)), ((), ()))
+    chosen: Any = None
+    if a.dtype == jnp.float32 and not interpret:
+        chosen = {
+            "default": lax.DotAlgorithmPreset.TF32_TF32_F32,
+            "high": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+            "highest": lax.Precision.HIGHEST,
+        }[precision]
+    return lax.dot_general(a, b, dimensions, precision=chosen, preferred_element_type=jnp.float32)
 
 
 def make_mesh(shape: Sequence[int], names: Sequence[str], devices: Sequence[jax.Device]) -> Mesh:

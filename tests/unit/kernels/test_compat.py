@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from pallas_kernels._compat import make_mesh
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_mesh_has_auto_axes_in_the_order_given():

@@ -1,0 +1,15 @@
+"""Where kernels run compiled, and where they are interpreted."""
+
+import jax
+
+from pallas_kernels._compat import target
+
+
+def interpreted(interpret: bool | None = None) -> bool:
+    """Return whether a kernel traced now is interpreted: as asked, or where there is no GPU.
+
+    Interpreted kernels show that the mathematics is right; they are slow and never a benchmark.
+    """
+    if interpret is not None:
+        return interpret
+    return target() is None and jax.default_backend() == "cpu"

@@ -1,0 +1,165 @@
+"""Launch configurations: committed tables, the lookup, and what a device must offer.
+
+A table is `tuned/<device kind>/<kernel>.json`, a list of entries `{"dtype", "width", "length",
+"rows", "config"}`; `tuned/default` serves devices that were not measured. Tables are data: a lookup
+is deterministic, and nothing is tuned while tracing. `python -m experiments.benchmark --tune`
+measures and rewrites the table of the device at hand.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._compat import Target, backend_missing, target
+from pallas_kernels._interpret import interpreted
+
+TABLES = Path(__file__).parent / "tuned"
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_WIDTH = 256
+"""Widest head that kernels take."""
+MIN_CAPABILITY = (8, 0)
+
+Config = TypeVar("Config")
+
+
+class Entry(NamedTuple):
+    """One row of a table: for which calls, and how to launch."""
+
+    dtype: str
+    width: int
+    """Largest head width it is meant for."""
+    length: int
+    """Tokens it was measured (or chosen) at."""
+    rows: int
+    """Programs along batch and heads it was measured (or chosen) at."""
+    config: dict[str, Any]
+    spills: str = ""
+    """Why the kernel may spill registers with this entry; empty if it must not."""
+
+
+class Case(NamedTuple):
+    """A kernel with operands, for tests of lowering and compilation and for reports."""
+
+    name: str
+    function: Callable
+    operands: tuple[Any, ...]
+    """Trees of `jax.ShapeDtypeStruct`."""
+
+
+def entries(kernel: str, device: str = "default") -> list[Entry]:
+    """Return the table of a kernel for a device kind; empty if there is none.
+
+    Raises:
+      ValueError: the table is damaged.
+    """
+    path = TABLES / device_folder(device) / f"{kernel}.json"
+    if not path.exists():
+        return []
+    try:
+        return [Entry(**entry) for entry in json.loads(path.read_text("utf-8"))]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"The launch table {path.name} of {device} is damaged: {error}."
+        ) from error
+
+
+def lookup(
+    kernel: str, config: type[Config], dtype: str, width: int, length: int, rows: int
+) -> Config:
+    """Return the launch configuration of a call: the nearest entry of the device, else a default.
+
+    Nearest: same dtype, the smallest width that holds the call's, then the smallest distance of
+    log2 of length and rows. Coarse on purpose: a table never needs the exact length.
+
+    Raises:
+      LookupError: not even the default table has an entry of this dtype and width.
+    """
+    gpu = target()
+    devices = ("default",) if gpu is None else (gpu.kind, "default")
+    return _lookup(kernel, config, dtype, width, length, rows, devices)
+
+
+@cache
+def _lookup(
+    kernel: str,
+    config: type[Config],
+    dtype: str,
+    width: int,
+    length: int,
+    rows: int,
+    devices: tuple[str, ...],
+) -> Config:
+    for device in devices:
+        fitting = [e for e in entries(kernel, device) if e.dtype == dtype and e.width >= width]
+        if fitting:
+            narrow = min(e.width for e in fitting)
+            best = min(
+                (e for e in fitting if e.width == narrow),
+                key=lambda e: _apart(e.length, length) + _apart(e.rows, rows),
+            )
+            return config(**best.config)
+    raise LookupError(f"{kernel} has no launch configuration for {dtype} of width {width}.")
+
+
+def unmet(dtype: Any, *widths: int) -> str | None:
+    """Say why kernels cannot take a call with this dtype and these head widths here, or None."""
+    missing = backend_missing()
+    if missing:
+        return missing
+    gpu = target()
+    if gpu is None and not interpreted():
+        return f"kernels run on CUDA GPUs and, interpreted, on CPU; this is {jax.default_backend()}"
+    if gpu is not None and gpu.capability < MIN_CAPABILITY:
+        found = ".".join(map(str, gpu.capability))
+        return f"kernels need compute capability 8.0 or more; {gpu.kind} has {found}"
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f"kernels take {', '.join(DTYPES)}, not {name}"
+    if max(widths) > MAX_WIDTH:
+        return f"kernels take head widths to {MAX_WIDTH}, not {max(widths)}"
+    return None
+
+
+def shared_limit(gpu: Target | None) -> int:
+    """Return the bytes of shared memory that one program may use (that of sm_90 if unknown)."""
+    if gpu is None or gpu.capability >= (9, 0):
+        return 232448
+    return 166912 if gpu.capability == (8, 0) else 101376
+
+
+def too_much_shared(kernel: str, needed: int) -> str | None:
+    """Say that a launch asks for more shared memory than the device has, or None."""
+    limit = shared_limit(target())
+    if needed <= limit:
+        return None
+    return f"{kernel} would use {needed} bytes of shared memory of the {limit} there are"
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """Return the smallest power of two that is at least `size` and `least` (tile sizes are)."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """Return an entry as it stands in a table."""
+    fields = entry._asdict()
+    if dataclasses.is_dataclass(entry.config):
+        fields["config"] = dataclasses.asdict(entry.config)
+    return fields if entry.spills else {k: v for k, v in fields.items() if k != "spills"}
+
+
+def _apart(a: int, b: int) -> float:
+    return abs(math.log2(max(a, 1)) - math.log2(max(b, 1)))
+
+
+def device_folder(device: str) -> str:
+    """Return the folder of a device kind's tables."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")

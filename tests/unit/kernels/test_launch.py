@@ -1,0 +1,168 @@
+"""Launch tables, the lookup, preflight, and kernels traced without a GPU."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _launch
+from pallas_kernels._compat import (
+    Precision,
+    launch,
+    load,
+    lower_for_cuda,
+    mm,
+    pl,
+    stand_in_gpu,
+    store,
+    target,
+)
+from pallas_kernels._interpret import interpreted
+from pallas_kernels._launch import entries, lookup, power_of_two, too_much_shared, unmet
+from tests.helpers.lowering import kernel_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    chunk: int
+    num_warps: int = 4
+
+
+def gram_rows(x_ref, o_ref, *, chunk: int, length: int, precision: Precision, interpret: bool):
+    """Write (x xᵀ) x for every chunk of rows; the last chunk overhangs the array."""
+
+    def body(n: jax.Array, _: None) -> None:
+        mask = (n * chunk + jnp.arange(chunk) < length)[:, None]
+        rows = pl.ds(n * chunk, chunk)
+        x = load(x_ref.at[rows, :], mask)
+        y = mm(x, x, tb=True, precision=precision, interpret=interpret).astype(x.dtype)
+        store(o_ref.at[rows, :], mm(y, x, precision=precision, interpret=interpret), mask)
+
+    jax.lax.fori_loop(0, -(-length // chunk), body, None)
+
+
+def gram(x: jax.Array, precision: Precision = "highest") -> jax.Array:
+    batch, length, heads, width = x.shape
+    interpret = interpreted()
+    kernel = functools.partial(
+        gram_rows, chunk=16, length=length, precision=precision, interpret=interpret
+    )
+    spec = pl.BlockSpec((None, length, None, width), lambda b, h: (b, 0, h, 0))
+    return launch(
+        kernel,
+        name="gram",
+        grid=(batch, heads),
+        in_specs=[spec],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        num_warps=4,
+        num_stages=2,
+        interpret=interpret,
+    )(x)
+
+
+def test_a_ragged_kernel_is_interpreted_on_a_cpu():
+    x = jax.random.normal(jax.random.key(0), (2, 37, 2, 16))
+    parts = [np.asarray(x, np.float64)[:, start : start + 16] for start in (0, 16, 32)]
+    want = np.concatenate([np.einsum("bthk,bshk,bshj->bthj", p, p, p) for p in parts], axis=1)
+    np.testing.assert_allclose(jax.jit(gram)(x), want, rtol=0, atol=1e-5 * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+@pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H200"])
+def test_the_same_kernel_is_lowered_for_a_gpu_that_is_not_there(kind: str, precision: Precision):
+    shape = jax.ShapeDtypeStruct((2, 37, 2, 16), jnp.float32)
+    lowered = lower_for_cuda(functools.partial(gram, precision=precision), shape, kind=kind)
+    assert kernel_names(lowered) == ["gram"]
+    assert target() is None
+    assert interpreted()
+
+
+def test_the_stand_in_is_the_target_only_inside():
+    with stand_in_gpu("NVIDIA A100"):
+        assert target() == ("NVIDIA A100", (8, 0))
+        assert not interpreted()
+        assert interpreted(interpret=True)
+    with pytest.raises(KeyError, match="NVIDIA Nothing"), stand_in_gpu("NVIDIA Nothing"):
+        pass
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(_launch, "TABLES", tmp_path)
+    _launch._lookup.cache_clear()
+    yield tmp_path
+    _launch._lookup.cache_clear()
+
+
+def entry(chunk: int, dtype: str = "float32", width: int = 64, length: int = 2048, rows: int = 64):
+    config = {"chunk": chunk}
+    return {"dtype": dtype, "width": width, "length": length, "rows": rows, "config": config}
+
+
+def write(folder: Path, device: str, *rows: dict) -> None:
+    (folder / device).mkdir()
+    (folder / device / "toy.json").write_text(json.dumps(rows))
+
+
+def test_lookup_takes_the_nearest_entry_of_the_device_and_else_the_default(tables: Path):
+    write(
+        tables,
+        "default",
+        entry(1),
+        entry(2, width=128),
+        entry(3, length=32768),
+        entry(4, "bfloat16"),
+    )
+    write(tables, "nvidia_h200", entry(5), entry(6, rows=4096))
+    find = functools.partial(lookup, "toy", Config, "float32")
+    assert find(64, 2048, 64) == Config(1)
+    assert find(40, 1000, 1) == Config(1)  # a narrower head takes the next width
+    assert find(65, 2048, 64) == Config(2)
+    assert find(64, 20000, 64) == Config(3)
+    with stand_in_gpu("NVIDIA H200"):
+        assert find(64, 2048, 64) == Config(5)
+        assert find(64, 2048, 3000) == Config(6)
+        assert find(128, 2048, 64) == Config(2)  # not in the table of the device
+    with stand_in_gpu("NVIDIA A100"):
+        assert find(64, 2048, 64) == Config(1)
+    with pytest.raises(
+        LookupError, match=r"toy has no launch configuration for float32 of width 256"
+    ):
+        find(256, 2048, 64)
+
+
+def test_a_damaged_table_is_named(tables: Path):
+    (tables / "default").mkdir()
+    (tables / "default" / "toy.json").write_text('[{"dtype": "float32"}]')
+    with pytest.raises(ValueError, match=r"toy\.json of default is damaged"):
+        entries("toy")
+
+
+def test_preflight_says_what_is_not_met():
+    assert unmet(jnp.bfloat16, 64, 256) is None
+    assert unmet(jnp.float64, 64) == "kernels take bfloat16, float16, float32, not float64"
+    assert unmet(jnp.float32, 64, 320) == "kernels take head widths to 256, not 320"
+    assert too_much_shared("toy", 232448) is None
+    with stand_in_gpu("NVIDIA A100"):
+        assert too_much_shared("toy", 200000) == (
+            "toy would use 200000 bytes of shared memory of the 166912 there are"
+        )
+
+
+def test_an_old_gpu_and_a_missing_backend_are_told(monkeypatch: pytest.MonkeyPatch):
+    old = _launch.Target("NVIDIA V100", (7, 0))
+    monkeypatch.setattr(_launch, "target", lambda: old)
+    assert "8.0 or more; NVIDIA V100 has 7.0" in (unmet(jnp.float32, 64) or "")
+    monkeypatch.setattr(_launch, "backend_missing", lambda: "gone")
+    assert unmet(jnp.float32, 64) == "gone"
+
+
+@pytest.mark.parametrize(("size", "padded"), [(1, 16), (16, 16), (17, 32), (80, 128), (128, 128)])
+def test_tiles_are_powers_of_two(size: int, padded: int):
+    assert power_of_two(size) == padded
