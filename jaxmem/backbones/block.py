@@ -1,49 +1,70 @@
-"""One residual block: norm, mixer, residual, norm, feed-forward, residual."""
+"""One residual block: norm, mixer, residual, and mostly norm, feed-forward, residual."""
 
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxmem.mixers.base import MixerConfig, MixerOutput, build
+from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, build
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import LayerNorm
 from jaxmem.shapes import Activations
 
+NormPlace = Literal["pre", "post"]
+Slot = tuple[LayerNorm, Mixer]
+
 
 class Block(nnx.Module):
-    """x += mixer(norm(x)); x += feed_forward(norm(x)). Both slots take any mixer."""
+    """Two mixers of any kind, or one, each with a layer norm and a residual connection.
+
+    pre:  x <- x + mixer(norm(x))
+    post: x <- norm(x), then x <- x + mixer(x): the residual, too, comes from the normalised stream
+
+    Reference: nanoMosaics `Block` (pre); Library `AttnOnlyBlock` (pre and post).
+    """
 
     def __init__(
         self,
         mixer: MixerConfig,
-        feed_forward: MixerConfig,
+        feed_forward: MixerConfig | None,
         dim: int,
         *,
+        norm: NormPlace = "pre",
         use_bias: bool,
         init: Init,
         rngs: nnx.Rngs,
     ):
+        self.norm = norm
         self.norm_1 = LayerNorm(dim, use_bias=use_bias)
         self.mixer = build(mixer, dim, init=init, rngs=rngs)
-        self.norm_2 = LayerNorm(dim, use_bias=use_bias)
-        self.feed_forward = build(feed_forward, dim, init=init, rngs=rngs)
+        one = feed_forward is None
+        self.norm_2 = None if one else LayerNorm(dim, use_bias=use_bias)
+        self.feed_forward = None if one else build(feed_forward, dim, init=init, rngs=rngs)
 
     def init_state(
         self, batch: int, *, max_len: int | None, dtype: DTypeLike | None
-    ) -> tuple[Any, Any]:
-        """Return the states of both slots before any token."""
-        slots = (self.mixer, self.feed_forward)
-        first, second = (s.init_state(batch, max_len=max_len, dtype=dtype) for s in slots)
-        return first, second
+    ) -> tuple[Any, ...]:
+        """Return the states of the slots before any token."""
+        slots = self._slots()
+        return tuple(s.init_state(batch, max_len=max_len, dtype=dtype) for _, s in slots)
 
     def __call__(
-        self, x: Activations, state: tuple[Any, Any] | None, **options: Any
+        self, x: Activations, state: tuple[Any, ...] | None, **options: Any
     ) -> MixerOutput:
-        """Run both slots; `options` are those of `Mixer.__call__` and go to both."""
-        before = (None, None) if state is None else state
-        mixed = self.mixer(self.norm_1(x), before[0], **options)
-        x = x + mixed.y
-        fed = self.feed_forward(self.norm_2(x), before[1], **options)
-        after = None if state is None else (mixed.state, fed.state)
-        return MixerOutput(x + fed.y, after, mixed.aux | fed.aux)
+        """Run the slots one after another; `options` are those of `Mixer.__call__`."""
+        slots = self._slots()
+        before = (None,) * len(slots) if state is None else state
+        after, aux = [], {}
+        for (norm, mixer), history in zip(slots, before, strict=True):
+            normed = norm(x)
+            out = mixer(normed, history, **options)
+            x = (x if self.norm == "pre" else normed) + out.y
+            after.append(out.state)
+            aux |= out.aux
+        return MixerOutput(x, None if state is None else tuple(after), aux)
+
+    def _slots(self) -> list[Slot]:
+        first = (self.norm_1, self.mixer)
+        if self.norm_2 is None or self.feed_forward is None:
+            return [first]
+        return [first, (self.norm_2, self.feed_forward)]

@@ -1,25 +1,29 @@
-"""Decoder language model: embedding, blocks of any two mixers, norm, tied output head."""
+"""Decoder language model: embedding, blocks of any mixers, norm, output head."""
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxmem.backbones.block import Block
+from jaxmem.backbones.base import ModelConfig, register_model
+from jaxmem.backbones.block import Block, NormPlace
 from jaxmem.errors import ConfigError, ShapeError
-from jaxmem.mixers.base import Form, MixerConfig
+from jaxmem.mixers.base import Form, MixerConfig, MixerOutput, call_key
 from jaxmem.nn.cache import continued
-from jaxmem.nn.init import gpt2_init
+from jaxmem.nn.init import INIT_RULES, InitRule
 from jaxmem.nn.layers import Embedding, LayerNorm, check_dropout, dropout
 from jaxmem.ops.segments import last_real, positions_in_segment, spans
-from jaxmem.shapes import RowInts, SegmentIds, Tokens, TokensAt
+from jaxmem.shapes import Activations, RowInts, SegmentIds, Tokens, TokensAt
 
 
+@register_model("decoder")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(ModelConfig):
     """A decoder: how wide, how deep, and what stands in the two slots of its blocks."""
 
     vocab_size: int = 0
@@ -32,14 +36,25 @@ class DecoderConfig:
     """Number of blocks."""
     mixer: MixerConfig
     """First slot of each block: what looks at other tokens."""
-    feed_forward: MixerConfig
-    """Second slot of each block."""
+    feed_forward: MixerConfig | None
+    """Second slot of each block; None: blocks of one slot."""
+    norm: NormPlace = "pre"
+    """Layer norms before each slot (pre), or on the residual stream itself (post)."""
     positions: Literal["none", "learned"] = "none"
     """Learned absolute positions (GPT), or none (Memory Mosaics)."""
+    tie_embedding: bool = True
+    """The output head is the embedding table; otherwise it has a table of its own."""
+    scale_logits: bool = False
+    """Divide logits by the root of the width (Memory Mosaics' Library)."""
+    init: InitRule = "gpt2"
+    """Start of projections: gpt2, N(0, 0.02); fan_in, N(0, 1/sqrt(inputs)) (Library); or
+    depth_scaled, fan_in over sqrt(2 block), cut at 3 σ (Memory Mosaics v2)."""
     use_bias: bool = False
     """Biases in the layer norms."""
     dropout: float = 0.0
     """Dropout of the embeddings."""
+    remat: bool = False
+    """Recompute blocks in the backward pass: less memory, more time, the same result."""
 
     def __post_init__(self) -> None:
         """Check sizes and that both slots can be built at this width."""
@@ -52,13 +67,18 @@ class DecoderConfig:
             )
         check_dropout(self.dropout, "model")
         self.mixer.check(self.dim, "model.mixer")
-        self.feed_forward.check(self.dim, "model.feed_forward")
+        if self.feed_forward is not None:
+            self.feed_forward.check(self.dim, "model.feed_forward")
+
+    def build(self, rngs: nnx.Rngs, compute_dtype: DTypeLike = jnp.float32) -> "Decoder":
+        """Build the decoder."""
+        return Decoder(self, rngs=rngs, compute_dtype=compute_dtype)
 
 
 class DecoderState(NamedTuple):
     """States of all blocks, and each row's place in its document."""
 
-    blocks: tuple[tuple[Any, Any], ...]
+    blocks: tuple[tuple[Any, ...], ...]
     position: RowInts
     """Tokens of the current document seen so far."""
     segment: RowInts
@@ -75,10 +95,10 @@ class DecoderOutput(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """logits = norm(blocks(embed(tokens) + position)) · embed^T.
+    """logits = norm(blocks(embed(tokens) + position)) · head^T, head = embed if tied.
 
-    nanoMosaics is contextual memory + persistent memory without positions; nanoGPT is multi-head
-    attention + MLP with learned positions.
+    nanoMosaics is contextual memory + persistent memory without positions, and so is the Library's
+    model, with scaled logits; nanoGPT is multi-head attention + MLP with learned positions.
 
     Args:
       config: sizes and slots; `vocab_size` must be set by now.
@@ -88,7 +108,7 @@ class Decoder(nnx.Module):
     Raises:
       ConfigError: `vocab_size` is still 0.
 
-    Reference: nanoMosaics `MemoryMosaic`; nanoGPT `GPT`.
+    Reference: nanoMosaics `MemoryMosaic`; Library `StackAssoMem`; nanoGPT `GPT`.
     """
 
     def __init__(
@@ -101,8 +121,11 @@ class Decoder(nnx.Module):
             )
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
-        init = gpt2_init(config.depth)
-        self.embedding = Embedding(config.vocab_size, config.dim, init=init.embedding, rngs=rngs)
+        rule = INIT_RULES[config.init]
+        init = rule(config.depth, 0)
+        sizes, tied = (config.vocab_size, config.dim), config.tie_embedding
+        self.embedding = Embedding(*sizes, init=init.head if tied else init.embedding, rngs=rngs)
+        self.head = None if tied else Embedding(*sizes, init=init.head, rngs=rngs)
         self.position = (
             Embedding(config.context_len, config.dim, init=init.embedding, rngs=rngs)
             if config.positions == "learned"
@@ -113,11 +136,12 @@ class Decoder(nnx.Module):
                 config.mixer,
                 config.feed_forward,
                 config.dim,
+                norm=config.norm,
                 use_bias=config.use_bias,
-                init=init,
+                init=rule(config.depth, number),
                 rngs=rngs,
             )
-            for _ in range(config.depth)
+            for number in range(config.depth)
         )
         self.norm = LayerNorm(config.dim, use_bias=config.use_bias)
 
@@ -163,18 +187,21 @@ class Decoder(nnx.Module):
         aux: dict[str, Array] = {}
         states = []
         for number, block in enumerate(self.blocks):
-            out = block(
+            out = self._run(
+                block,
                 x,
                 None if state is None else state.blocks[number],
-                segment_ids=segment_ids,
-                positions=positions,
+                {"segment_ids": segment_ids, "positions": positions},
                 rngs=rngs,
                 form=form,
             )
             x = out.y
             states.append(out.state)
             aux |= {f"{name}/block_{number}": value for name, value in out.aux.items()}
-        logits = self.embedding.logits(self.norm(x))
+        head = self.embedding if self.head is None else self.head
+        logits = head.logits(self.norm(x))
+        if self.config.scale_logits:
+            logits = logits / math.sqrt(self.config.dim)
         if state_after is not None:
             state_after = state_after._replace(blocks=tuple(states))
         return DecoderOutput(logits, state_after, aux)
@@ -186,6 +213,26 @@ class Decoder(nnx.Module):
         ids = None if segment_ids is None else segment_ids[:, None]
         out = self(tokens[:, None], state, segment_ids=ids, form="parallel")
         return out._replace(logits=out.logits[:, 0])
+
+    def _run(
+        self,
+        block: Block,
+        x: Activations,
+        state: tuple[Any, ...] | None,
+        ids: dict[str, SegmentIds | None],
+        *,
+        rngs: nnx.Rngs | None,
+        form: Form | None,
+    ) -> MixerOutput:
+        """Run a block, whose activations are forgotten until the backward pass if so configured."""
+        graph, params = nnx.split(block)
+        keys = {} if rngs is None else {"dropout": rngs.dropout(), "call": call_key(rngs)}
+
+        def run(params: Any, keys: dict[str, Array], x: Array, state: Any, ids: Any) -> MixerOutput:
+            draws = nnx.Rngs(**keys) if keys else None
+            return nnx.merge(graph, params)(x, state, rngs=draws, form=form, **ids)
+
+        return (jax.checkpoint(run) if self.config.remat else run)(params, keys, x, state, ids)
 
     def _count(
         self, tokens: Tokens, state: DecoderState | None, segment_ids: SegmentIds | None

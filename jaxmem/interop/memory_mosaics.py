@@ -1,11 +1,21 @@
-"""Names of the Memory Mosaics release: nanoMosaics' mosaic, and the GPT of nanoMosaics and Library.
+"""Names of the Memory Mosaics releases: nanoMosaics, the Library's two variants, and their GPT.
 
 Both releases name the parameters of their GPT alike.
 
-Reference: nanoMosaics `MemoryMosaic`, `GPT`; Library `GPT` (arXiv 2405.06394).
+Reference: nanoMosaics `MemoryMosaic`, `GPT`; Library `StackAssoMem`, `GPT` (arXiv 2405.06394).
 """
 
-from jaxmem.interop.names import BANKS, PER_HEAD, Names, Origin, layer_norm, linear
+from jaxmem.interop.names import (
+    BANKS,
+    CONV,
+    LEADING,
+    PER_HEAD,
+    Names,
+    Origin,
+    layer_norm,
+    linear,
+)
+from jaxmem.nn.features import Extractor
 
 MOSAIC_KEY = linear("W_k", "projection") | Names(
     {
@@ -77,3 +87,75 @@ GPT = (
     | layer_norm("transformer.ln_f", "norm")
 )
 """nanoGPT's and Library's `GPT`, the whole model."""
+
+
+def library_extractor(kind: Extractor) -> Names:
+    """Return the names of the Library's `FeatureExtractor`."""
+    if kind == "mix":
+        return linear("linear", "projection") | Names({"mix": Origin("coef")})
+    return linear("conv", "projection", layout=CONV)
+
+
+def _library_key(kind: Extractor, eft: bool) -> Names:
+    if not eft:
+        decay = Names({"key.decay": Origin("leaky_key_beta")})
+        keys = library_extractor(kind).under("k_featurizer", "key")
+    else:
+        first, second = (f"leaky_average.leaky_beta_{part}_under" for part in "wu")
+        decay = Names({"key.decay": Origin(first)}, {second: first})
+        keys = linear("leaky_average.linear", "key.projection")
+    return keys | decay | Names({"key.scale": Origin("kernel_beta")})
+
+
+def library_contextual(key: Extractor, value: Extractor, *, eft: bool = False) -> Names:
+    """Return the names of the Library's `InContextAssoMemBlock`.
+
+    Args:
+      key: kind of its key extractor.
+      value: kind of its value extractor.
+      eft: whether it is the variant with the efficient operator, whose keys have other names.
+    """
+    return (
+        _library_key(key, eft)
+        | library_extractor(value).under("v_featurizer", "value")
+        | Names({"value.scale": Origin("value_beta")})
+        | linear("c_proj", "out")
+    )
+
+
+LIBRARY_TABLES = Names(
+    {"keys": Origin("M_k{i}", LEADING), "values": Origin("M_v{i}", LEADING)},
+)
+"""The Library's `Pmem`."""
+
+
+def library_persistent(key: Extractor, *, eft: bool = False) -> Names:
+    """Return the names of the Library's `PersistentAssoMemBlock`; arguments as of the other."""
+    return (
+        _library_key(key, eft)
+        | LIBRARY_TABLES.under("pmem")
+        | Names({"scale": Origin("value_beta")})
+        | linear("c_proj", "out")
+    )
+
+
+def library_block(contextual: Names, persistent: Names) -> Names:
+    """Return the names of the Library's `AttnOnlyBlock` with these memories."""
+    return (
+        layer_norm("ln1", "norm_1")
+        | contextual.under("attn", "mixer")
+        | layer_norm("ln2", "norm_2")
+        | persistent.under("pmem", "feed_forward")
+    )
+
+
+def library_model(block: Names) -> Names:
+    """Return the names of the Library's `StackAssoMem` with these blocks."""
+    return (
+        Names(
+            {"embedding.table": Origin("emb.weight"), "head.table": Origin("head.weight")},
+            {"head.weight": "emb.weight"},
+        )
+        | block.under("blocks.{n}", "blocks.{n}")
+        | layer_norm("ln_out", "norm")
+    )

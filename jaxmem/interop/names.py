@@ -5,7 +5,7 @@ Layouts only move entries, so the same table turns our gradients into the origin
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from flax import nnx
 from jaxmem.errors import CheckpointMismatch
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LISTED = 8
+"""Names of each kind that a message lists."""
 
 
 class Layout(NamedTuple):
@@ -33,14 +35,48 @@ PER_HEAD = Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
 """(1, H, 1, 1) of the original, (H,) here."""
 BANKS = Layout(lambda a: a[:, 0], lambda a: a[:, None])
 """(R, 1, H, P, K) of the original, (R, H, P, K) here."""
+LEADING = Layout(lambda a: a[0], lambda a: a[None])
+"""(1, ...) of the original, (...) here."""
+
+
+def _conv_to_ours(a: np.ndarray) -> np.ndarray:
+    return a.transpose(2, 1, 0).reshape(-1, a.shape[0])
+
+
+def _conv_to_original(a: np.ndarray) -> np.ndarray:
+    return a.reshape(-1, a.shape[1], a.shape[1]).transpose(2, 1, 0)
+
+
+CONV = Layout(_conv_to_ours, _conv_to_original)
+"""(out, in, J) of a convolution with as many inputs as outputs, (J·in, out) here."""
 
 
 class Origin(NamedTuple):
     """Where a parameter comes from."""
 
     name: str
-    """Dotted name in the original; `{n}` stands for a layer number."""
+    """Dotted name in the original; `{n}` stands for a layer number, `{i}` for an index of our first
+    axis, where the original has a tensor for each."""
     layout: Layout = SAME
+    """Of a tensor of the original; where it has several, against ours without the first axis."""
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """Return the names of the tensors that make up a parameter of this shape."""
+        if "{i}" not in self.name:
+            return [self.name]
+        return [self.name.replace("{i}", str(i)) for i in range(shape[0])]
+
+    def to_ours(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """Take the parameter out of arrays by original name."""
+        parts = [self.layout.to_ours(arrays[name]) for name in self.names(shape)]
+        return np.stack(parts) if "{i}" in self.name else parts[0]
+
+    def to_original(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tensors of the original by name."""
+        parts = array if "{i}" in self.name else [array]
+        names = self.names(array.shape)
+        layout = self.layout.to_original
+        return {n: np.asarray(layout(a), order="C") for n, a in zip(names, parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -54,15 +90,19 @@ class Names:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     """Dotted path of our parameter, `{n}` for a layer number -> origin."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Second name of a tied tensor -> first name."""
+    """Second name of a tied tensor -> first name, both with `{n}` for a layer number."""
     constants: tuple[str, ...] = ()
     """Regular expressions of buffers that the original saves but never trains."""
 
-    def under(self, original: str, path: str) -> "Names":
-        """Return the same table for a part that stands at `path` here and `original` there."""
+    def under(self, original: str, path: str | None = None) -> "Names":
+        """Return the same table for a part that stands at `path` here and `original` there.
+
+        Without `path` it is no part of its own here.
+        """
+        prefix = "" if path is None else f"{path}."
         return Names(
             {
-                f"{path}.{ours}": Origin(f"{original}.{origin.name}", origin.layout)
+                f"{prefix}{ours}": Origin(f"{original}.{origin.name}", origin.layout)
                 for ours, origin in self.origins.items()
             },
             {f"{original}.{a}": f"{original}.{b}" for a, b in self.aliases.items()},
@@ -95,16 +135,28 @@ class Names:
         name, layout = self.origins[pattern]
         return Origin(name if layer is None else name.replace("{n}", layer[0]), layout)
 
+    def second_names(self, originals: Collection[str]) -> dict[str, str]:
+        """Return second name -> first name for those first names that occur in `originals`.
+
+        A second name that occurs itself belongs to a tensor of its own: nothing is tied then.
+        """
+        found = {}
+        for alias, first in self.aliases.items():
+            pattern = re.escape(first).replace(re.escape("{n}"), "([0-9]+)")
+            matches = (re.fullmatch(pattern, name) for name in originals)
+            found |= {alias.replace("{n}", "".join(m.groups())): m[0] for m in matches if m}
+        return {alias: first for alias, first in found.items() if alias not in originals}
+
     def is_constant(self, name: str) -> bool:
         """Say whether an original name is a constant buffer."""
         return any(re.fullmatch(pattern, name) for pattern in self.constants)
 
 
-def linear(original: str, path: str) -> Names:
+def linear(original: str, path: str, *, layout: Layout = TRANSPOSED) -> Names:
     """Return the names of a projection; originals store the weight as (out, in)."""
     return Names(
         {
-            f"{path}.kernel": Origin(f"{original}.weight", TRANSPOSED),
+            f"{path}.kernel": Origin(f"{original}.weight", layout),
             f"{path}.bias": Origin(f"{original}.bias"),
         }
     )
@@ -120,6 +172,12 @@ def layer_norm(original: str, path: str) -> Names:
     )
 
 
+def identity(module: nnx.Module) -> Names:
+    """Return the table of our own names: every parameter by its dotted path, as it is."""
+    patterns = (_LAYER.sub("{n}", path, count=1) for path in params_of(module))
+    return Names({pattern: Origin(pattern) for pattern in patterns})
+
+
 def to_ours(
     names: Names, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
@@ -127,20 +185,26 @@ def to_ours(
 
     Raises:
       CheckpointMismatch: names are missing, unknown or misshapen, or tied tensors differ; the
-        message lists all of them.
+        message lists the first of each.
     """
     wanted = {path: names.origin(path) for path in shapes}
-    missing = [origin.name for origin in wanted.values() if origin.name not in arrays]
-    known = {origin.name for origin in wanted.values()} | set(names.aliases)
+    expected = {
+        name: a.shape
+        for path, origin in wanted.items()
+        for name, a in origin.to_original(np.empty(shapes[path], np.bool_)).items()
+    }
+    second = names.second_names(expected)
+    missing = [name for name in expected if name not in arrays]
+    known = {*expected, *second}
     unknown = [name for name in arrays if name not in known and not names.is_constant(name)]
-    misshapen = []
-    for path, (name, layout) in wanted.items():
-        expected = layout.to_original(np.empty(shapes[path], np.bool_)).shape
-        if name in arrays and arrays[name].shape != expected:
-            misshapen.append(f"{name} {arrays[name].shape} instead of {expected}")
+    misshapen = [
+        f"{name} {arrays[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
     untied = [
         f"{alias} and {name}"
-        for alias, name in names.aliases.items()
+        for alias, name in second.items()
         if alias in arrays and name in arrays and not np.array_equal(arrays[alias], arrays[name])
     ]
     found = {
@@ -150,21 +214,25 @@ def to_ours(
         "tied but unequal": untied,
     }
     if any(found.values()):
-        listed = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in found.items() if items)
+        listed = "; ".join(f"{kind}: {_some(items)}" for kind, items in found.items() if items)
         raise CheckpointMismatch(
             f"The weights do not fit the model. {listed}. "
             "Give the model the sizes, depth and biases of the weights."
         )
-    return {path: layout.to_ours(arrays[name]) for path, (name, layout) in wanted.items()}
+    return {path: origin.to_ours(arrays, shapes[path]) for path, origin in wanted.items()}
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def to_original(names: Names, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Turn arrays by our path (parameters or gradients) into arrays by first original name."""
-    origins = {path: names.origin(path) for path in values}
-    return {
-        name: np.ascontiguousarray(layout.to_original(np.asarray(values[path])))
-        for path, (name, layout) in origins.items()
-    }
+    found: dict[str, np.ndarray] = {}
+    for path, value in values.items():
+        found |= names.origin(path).to_original(np.asarray(value))
+    return found
 
 
 def import_params(module: nnx.Module, arrays: Mapping[str, np.ndarray], names: Names) -> None:
@@ -175,7 +243,7 @@ def import_params(module: nnx.Module, arrays: Mapping[str, np.ndarray], names: N
     Raises:
       CheckpointMismatch: see `to_ours`; the module is then unchanged.
     """
-    params = _params(module)
+    params = params_of(module)
     values = to_ours(names, arrays, {path: param.shape for path, param in params.items()})
     for path, param in params.items():
         param[...] = jnp.asarray(values[path], param.dtype)
@@ -187,10 +255,11 @@ def export_params(module: nnx.Module, names: Names) -> dict[str, np.ndarray]:
     Raises:
       CheckpointMismatch: the module has a parameter that the mapping does not list.
     """
-    arrays = to_original(names, {path: param[...] for path, param in _params(module).items()})
-    return arrays | {alias: arrays[name] for alias, name in names.aliases.items()}
+    arrays = to_original(names, {path: param[...] for path, param in params_of(module).items()})
+    return arrays | {alias: arrays[name] for alias, name in names.second_names(arrays).items()}
 
 
-def _params(module: nnx.Module) -> dict[str, nnx.Param]:
+def params_of(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Return all parameters by dotted path."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): param for path, param in flat}

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxmem.errors import ConfigError, ShapeError, unknown_name
 from jaxmem.nn.init import Init
 from jaxmem.ops.dispatch import Implementation
-from jaxmem.shapes import Activations, ActivationsAt, SegmentIds, TokensAt
+from jaxmem.shapes import Activations, ActivationsAt, Key, SegmentIds, TokensAt
 
 Form = Literal["parallel", "chunked"]
 LAWS = ("forms", "splitting", "causality", "packing", "state", "no_surprises", "batch")
@@ -197,14 +197,16 @@ class Mixer(nnx.Module):
             if state is not None
             else self.init_state(x.shape[0], max_len=length, dtype=x.dtype)
         )
-        key = None if rngs is None else rngs.dropout()
+        keys = None if rngs is None else (rngs.dropout(), call_key(rngs))
         streams = (x, segment_ids, positions)
         full = length // chunk
 
         def body(carry: tuple[Any, Array], part: tuple) -> tuple[tuple[Any, Array], tuple]:
             before, number = carry
             tokens, ids, places = part
-            draws = None if key is None else nnx.Rngs(dropout=jax.random.fold_in(key, number))
+            draws = None
+            if keys is not None:
+                draws = nnx.Rngs(dropout=jax.random.fold_in(keys[0], number), call=keys[1])
             out = self._whole(
                 tokens,
                 before,
@@ -232,6 +234,21 @@ class Mixer(nnx.Module):
         )
         end = None if state is None else carry[0]
         return MixerOutput(jnp.concatenate(outputs, axis=1), end, averaged)
+
+
+_BEYOND_ALL_COUNTS = 2**31 - 1
+"""A stream of keys numbers them from 0, so this number makes a key of none of its draws."""
+
+
+def call_key(rngs: nnx.Rngs) -> Key:
+    """Return a key that all mixers and chunks of one call of a model see alike.
+
+    It is for what a training step draws once; dropout masks come from `rngs.dropout()`, whose keys
+    differ from call to call.
+    """
+    if "call" in rngs:  # of a chunk
+        return rngs.call.key[...]
+    return jax.random.fold_in(rngs.dropout.key[...], _BEYOND_ALL_COUNTS)
 
 
 def _split(a: Array, number: int, chunk: int) -> Array:

@@ -48,9 +48,9 @@ def continued(segment_ids: SegmentIds | None, segment: RowInts, length: int) -> 
 
 
 def places_in_row(segment_ids: SegmentIds) -> Places:
-    """Return places for packed rows that attend to themselves."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    return Places(index, index, segment_ids, segment_ids)
+    """Return places for packed rows that attend to themselves, which padding does not count in."""
+    place = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    return Places(place, place, segment_ids, segment_ids)
 
 
 def places_in_cache(segments: Int[Array, "B N"], length: RowInts, rows: Spans) -> Places:

@@ -51,7 +51,7 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors: looked up by index, or used transposed as a tied output head."""
+    """A table of vectors: looked up by index, or used transposed as an output head."""
 
     def __init__(self, size: int, dim: int, *, init: Initializer, rngs: nnx.Rngs):
         self.table = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
@@ -70,11 +70,11 @@ class Embedding(nnx.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def check_dropout(rate: float, path: str) -> None:
+def check_dropout(rate: float, path: str, *, field: str = "dropout") -> None:
     """Raise ConfigError unless `rate` is a probability below 1; `path` names the field's owner."""
     if not 0.0 <= rate < 1.0:
         raise ConfigError(
-            f"{path}.dropout={rate} is not in [0, 1). Use 0 for none, or a share such as 0.1."
+            f"{path}.{field}={rate} is not in [0, 1). Use 0 for none, or a share such as 0.1."
         )
 
 

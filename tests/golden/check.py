@@ -97,6 +97,17 @@ def _training_run(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     return "optimizer" in meta
 
 
+def _clamped_scale(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """A memory of the Library with a head at the limit of its scale, e^10 for the logits."""
+    scales = [a for name, a in arrays.items() if re.fullmatch(r"param/(.*\.)?kernel_beta", name)]
+    return any(np.max(scale) >= 0.5 for scale in scales)
+
+
+def _normalised_moons(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """A memory of three moons that divides keys by their length."""
+    return str(meta.get("module")).startswith("ThreeMoons") and bool(meta.get("norm_keys"))
+
+
 EXEMPTIONS = (
     # Decay gradients of such heads differ by 30 orders of magnitude: per head rtol 1e-3, atol 1e-5.
     # Measured 2.5e-4, at rate 1e-5, where the quotient of two long sums cancels.
@@ -105,6 +116,15 @@ EXEMPTIONS = (
     ),
     # AdamW divides a gradient by its own size, which magnifies rounding. Measured 5e-8.
     Exemption("memory_mosaics", _training_run, r"output/final/.*", 1e-5, absolute),
+    # Such a scale magnifies the rounding of a cosine. Measured 1.7e-4 and 2.9e-3; the authors' own
+    # float32 run is 2e-4 and 3e-3 off.
+    Exemption("memory_mosaics", _clamped_scale, r"output/.*", 1e-3),
+    Exemption("memory_mosaics", _clamped_scale, r"grad/.*", 1e-2),
+    # Each step feeds on the one before, and dividing by a short length magnifies what it gets; the
+    # authors' own float32 run is 3e-5 off. Measured 5.1e-5.
+    Exemption("memory_mosaics", _normalised_moons, r"output/generated_cached", 1e-4),
+    # One number, the sum of all key gradients, which nearly cancel (2e-4 is left). Measured 1.0e-4.
+    Exemption("memory_mosaics", _normalised_moons, r"grad/k_scale", 3e-4),
 )
 
 
@@ -259,9 +279,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Print the table and return the exit status."""
     args = parse(argv)
-    # Compilation is the cost here; JAX reads both variables when it is first imported.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    # Compilation is the cost here, but unoptimised products round worse: up to five times the error
+    # of float32 gradients. JAX reads both variables when it is first imported.
+    if not args.float32:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     width = max(len(f"{p.absolute().parent.name}/{p.stem}") for p in args.files)
     print(f"{'file':{width}}  outputs  gradients  verdict")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.golden import adapters, check
-from tests.golden.adapters import memory_mosaics
+from tests.golden.adapters import memory_mosaics, memory_mosaics_library
 
 DATA = Path(__file__).parent / "data"
 FILES = check.find_files([DATA], "")
@@ -29,7 +29,7 @@ def test_stored_file_passes(path: Path, precision: check.Precision):
 
 def test_every_kind_of_module_is_stored_once():
     modules = [adapters.load(path).meta["module"] for path in FILES]
-    for pattern, _ in memory_mosaics.KINDS:
+    for pattern, _ in (*memory_mosaics.KINDS, *memory_mosaics_library.KINDS):
         assert any(re.search(pattern, module) for module in modules), pattern
     assert sum(path.stat().st_size for path in FILES) < 6_000_000
 
@@ -188,3 +188,25 @@ def test_exemptions_need_the_kind_of_file_and_float32():
     assert limit("float64", beta=[0.0, 2.0]) == 1e-6
     assert limit("float32", beta=[0.05, 0.5]) == 5e-5
     assert limit("float32", beta=[0.0], module="another") == 5e-5
+
+
+def test_a_clamped_scale_is_exempt_from_the_figures_for_float32():
+    def limits(scale: float, precision: check.Precision) -> tuple[float, float]:
+        arrays = {"param/blocks.0.attn.kernel_beta": np.array([0.1, scale])}
+        keys = ("output/y", "grad/x")
+        found = (check.criterion("memory_mosaics", key, precision, {}, arrays) for key in keys)
+        first, second = found
+        return first.limit, second.limit
+
+    assert limits(0.6, "float32") == (1e-3, 1e-2)
+    assert limits(0.6, "float64") == (1e-6, 1e-6)
+    assert limits(0.4, "float32") == (5e-6, 5e-5)
+
+
+def test_a_system_may_have_several_adapters():
+    module = {"module": "Library FeatureExtractor"}
+    for folder in ("memory_mosaics", "elsewhere"):
+        golden = adapters.Golden(Path(folder, "x.npz"), module, {})
+        assert adapters.find(golden) == ("memory_mosaics", memory_mosaics_library)
+    with pytest.raises(adapters.Unsupported, match="unheard-of"):
+        adapters.find(adapters.Golden(Path("x.npz"), {"module": "unheard-of"}, {}))

@@ -23,12 +23,26 @@ DIM, LENGTH, BATCH, CHUNK = 32, 11, 3, 4
 PACKED = np.array([0, 1, 1, 0, 1, 1, 2, 2, 0, 2, 2, 2, 0, 0])
 DOCUMENTS = [np.flatnonzero(n == PACKED) for n in (1, 2)]
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "contextual_memory-conv": (
+        "contextual_memory",
+        {
+            "key_kernel_size": 3,
+            "value_extractor": "conv",
+            "value_kernel_size": 4,
+            "lag": 2,
+            "use_bias": True,
+        },
+    ),
+}
+"""Further configurations of registered mixers, where these take other paths, by a name for each."""
+
 
 class Case:
     """A mixer with random parameters as a pure function, and inputs for it."""
 
-    def __init__(self, name: str):
-        config = dataclasses.replace(config_class(name)(), chunk_size=CHUNK)
+    def __init__(self, name: str, **fields: Any):
+        config = dataclasses.replace(config_class(name)(), chunk_size=CHUNK, **fields)
         self.supports = config.supports
         self.mixer = build(config, DIM, init=gpt2_init(1), rngs=nnx.Rngs(0))
         self.graph, start = nnx.split(self.mixer, nnx.Param)
@@ -58,9 +72,10 @@ class Case:
         return jax.jit(lambda p, *a: run(nnx.merge(self.graph, p), *a))(self.params, *args)
 
 
-@pytest.fixture(scope="module", params=names())
+@pytest.fixture(scope="module", params=[*names(), *VARIANTS])
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+    name, fields = VARIANTS.get(request.param, (request.param, {}))
+    return Case(name, **fields)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,12 @@
-"""One adapter per system: from a golden file's meta to this project's arrays for its keys.
+"""From a golden file's meta to this project's arrays for its keys, one adapter per kind of module.
 
-An adapter is a module of this folder, named like the folder of its files, with
+An adapter is a module of this folder with
 
-    recognises(meta) -> bool         whether a file that lies elsewhere belongs to the system
+    SYSTEM                           name of the set of files that it belongs to, and of its folder
+    recognises(meta) -> bool         whether it can rebuild the file
     compute(golden, dtype) -> list   per implementation, arrays for the `output/*` and `grad/*` keys
 
-`compute` raises Unsupported for a kind of file that the project cannot rebuild yet.
+A system may have several. `compute` raises Unsupported for options that the project does not have.
 """
 
 import importlib
@@ -65,20 +66,21 @@ def load(path: Path) -> Golden:
 
 
 def find(golden: Golden) -> tuple[str, ModuleType]:
-    """Return the system of a file and its adapter: by folder name, or else by its meta.
+    """Return the system of a file and its adapter, the first that recognises the file's meta.
+
+    Adapters of another system are not asked where the file's folder names its system.
 
     Raises:
       Unsupported: no adapter knows the file.
     """
-    adapters = {
-        module.name: importlib.import_module(f"{__name__}.{module.name}")
+    modules = [
+        importlib.import_module(f"{__name__}.{module.name}")
         for module in pkgutil.iter_modules(__path__)
-    }
-    systems = {name: a for name, a in adapters.items() if hasattr(a, "recognises")}
+    ]
+    adapters = [module for module in modules if hasattr(module, "recognises")]
     folder = golden.path.absolute().parent.name
-    if folder in systems:
-        return folder, systems[folder]
-    for name, adapter in systems.items():
+    own = [adapter for adapter in adapters if folder == adapter.SYSTEM]
+    for adapter in own or adapters:
         if adapter.recognises(golden.meta):
-            return name, adapter
-    raise Unsupported(f"no adapter for {folder}")
+            return adapter.SYSTEM, adapter
+    raise Unsupported(f"no adapter for {golden.meta.get('module', 'a file without module')!r}")

@@ -1,6 +1,7 @@
 """Golden files of whole language models: loss and gradients, greedy text, a training run."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from jaxmem.backbones.decoder import Decoder
-from jaxmem.interop.names import Names, to_original
+from jaxmem.interop.names import to_original
 from jaxmem.parallel.mesh import ParallelConfig, build_mesh
-from jaxmem.tasks.language_modeling import cross_entropy_sum, language_model_loss
+from jaxmem.tasks.language_modeling import language_model_loss
 from jaxmem.training.optim import OptimConfig, adamw, decay_groups, decays, learning_rate
 from jaxmem.training.state import NEVER, TrainState, empty_interval
 from jaxmem.training.step import Steps
@@ -22,15 +23,18 @@ from tests.golden.adapters.common import Loaded, Values, keyed
 def model_results(golden: Golden, loaded: Loaded, dtype: np.dtype) -> list[Arrays]:
     """Return logits, mean loss, last logits, a greedy continuation, and the loss's gradients.
 
-    The continuation goes token by token through the model's state.
+    Positions before `skip_tokens` are neither scored nor in the file. The continuation goes token
+    by token through the model's state.
     """
+    skip = golden.meta.get("skip_tokens", 0)
     idx, targets = (golden.inputs(dtype)[name] for name in ("idx", "targets"))
     continuation = golden.arrays.get("output/generated_top1")
 
     def loss(params: Values) -> tuple[jax.Array, jax.Array]:
-        logits = loaded.parts.merge_single(params)(idx).logits
-        total, tokens = cross_entropy_sum(logits, targets)
-        return total / tokens, logits
+        model = loaded.parts.merge_single(params)
+        batch = {"tokens": idx, "targets": targets}
+        scored = language_model_loss(model, batch, skip_tokens=skip)
+        return scored.total / scored.count, model(idx).logits[:, skip:]
 
     @jax.jit
     def function(params: Values) -> tuple[Values, Values]:
@@ -82,7 +86,8 @@ def training_results(golden: Golden, loaded: Loaded, dtype: np.dtype) -> list[Ar
     schedule = learning_rate(config, number)
     optimizer = adamw(config, schedule, layout.map_shapes(decays))
     mesh = build_mesh(ParallelConfig())
-    update = Steps(loaded.parts, language_model_loss, mesh).update(optimizer, config.clip_norm)
+    loss = partial(language_model_loss, skip_tokens=golden.meta.get("skip_tokens", 0))
+    update = Steps(loaded.parts, loss, mesh).update(optimizer, config.clip_norm)
 
     @jax.jit
     def run(state: TrainState, batches: Values) -> tuple[TrainState, Any]:
@@ -107,7 +112,7 @@ def training_results(golden: Golden, loaded: Loaded, dtype: np.dtype) -> list[Ar
         "lr": [schedule(i) for i in range(number)],
     }
     final = to_original(loaded.names, layout.unstack(state.params))
-    final |= {alias: final[name] for alias, name in loaded.names.aliases.items()}
+    final |= {alias: final[name] for alias, name in loaded.names.second_names(final).items()}
     return [keyed(outputs | {f"final/{name}": a for name, a in final.items()})]
 
 
@@ -133,11 +138,8 @@ def check_decay_groups(meta: dict[str, Any], loaded: Loaded, config: OptimConfig
     """Raise Mismatch unless the same parameters are decayed as in the original run."""
     shapes = {path: leaf.shape for path, leaf in loaded.parts.layout.shapes.items()}
     for key, group in zip(("decayed", "not_decayed"), decay_groups(shapes, config), strict=True):
-        ours = original_names(loaded.names, group.names)
+        ours = {
+            name for path in group.names for name in loaded.names.origin(path).names(shapes[path])
+        }
         if different := ours ^ set(meta[key]):
             raise Mismatch(f"{key} parameters differ: {', '.join(sorted(different))}")
-
-
-def original_names(names: Names, paths: tuple[str, ...]) -> set[str]:
-    """Return the first original name of each path."""
-    return {names.origin(path).name for path in paths}

@@ -1,61 +1,50 @@
 """Golden files of Memory Mosaics: leaky averages, nanoMosaics and both GPTs."""
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmem.backbones.block import Block
-from jaxmem.backbones.decoder import Decoder, DecoderConfig
 from jaxmem.interop import memory_mosaics as names
 from jaxmem.interop.names import Names
 from jaxmem.mixers.attention import AttentionConfig
-from jaxmem.mixers.base import Mixer, MixerConfig, build
+from jaxmem.mixers.base import MixerConfig
 from jaxmem.mixers.mlp import MLPConfig
-from jaxmem.mixers.mosaic import (
-    ContextualMemoryConfig,
-    KeyExtractor,
-    PersistentMemoryConfig,
-    ValueExtractor,
-)
+from jaxmem.mixers.mosaic import NANO_LIMIT, ContextualMemoryConfig, PersistentMemoryConfig
+from jaxmem.nn.features import KeyExtractor, ValueExtractor
 from jaxmem.nn.init import gpt2_init
 from jaxmem.ops.dispatch import Implementation, implementations
 from jaxmem.ops.leaky_average import decay_rate, leaky_average
 from tests.golden.adapters import Arrays, Golden, Unsupported, cast
-from tests.golden.adapters.common import (
-    Values,
-    keyed,
-    load_module,
-    module_results,
-    with_gradients,
+from tests.golden.adapters.common import Values, keyed, with_gradients
+from tests.golden.adapters.modules import (
+    Compute,
+    block_results,
+    decoder_results,
+    kind_of,
+    mixer_results,
+    part_results,
+    use_bias,
 )
-from tests.golden.adapters.language_model import model_results, training_results
 
-Meta = Mapping[str, Any]
-Compute = Callable[[Golden, np.dtype], list[Arrays]]
+SYSTEM = "memory_mosaics"
 
 
-def recognises(meta: Meta) -> bool:
+def recognises(meta: Mapping[str, Any]) -> bool:
     """Say whether the file's module is one of the kinds below."""
-    return _kind(meta) is not None
+    return kind_of(meta, KINDS) is not None
 
 
 def compute(golden: Golden, dtype: np.dtype) -> list[Arrays]:
     """Return this project's arrays for the file, per implementation where an op has several."""
-    kind = _kind(golden.meta)
+    kind = kind_of(golden.meta, KINDS)
     if kind is None:
         raise Unsupported(f"no module yet for {golden.meta['module']!r}")
     return kind(golden, dtype)
-
-
-def _kind(meta: Meta) -> Compute | None:
-    """Find the first kind whose pattern occurs in the name of the original module."""
-    module = str(meta.get("module", ""))
-    return next((kind for pattern, kind in KINDS if re.search(pattern, module)), None)
 
 
 def _leaky_average(golden: Golden, dtype: np.dtype) -> list[Arrays]:
@@ -74,52 +63,53 @@ def _leaky_average(golden: Golden, dtype: np.dtype) -> list[Arrays]:
 
     @jax.jit
     def function(params: Values, inputs: Values) -> list[tuple[Values, Values, Values]]:
-        forwards = (partial(forward, name) for name in implementations("leaky_average"))
+        # Kernels know no float64.
+        forms = [
+            f for f in implementations("leaky_average") if f != "pallas" or dtype != np.float64
+        ]
+        forwards = (partial(forward, form) for form in forms)
         return [with_gradients(f, cotangents)(params, inputs) for f in forwards]
 
     runs = function(cast(golden.group("param"), dtype), golden.inputs(dtype))
     return [keyed(outputs, *grads) for outputs, *grads in runs]
 
 
-def _use_bias(golden: Golden) -> bool:
-    """Read `bias`; where the files of a part leave it out, its parameters tell."""
-    fallback = any(name.endswith(".bias") for name in golden.group("param"))
-    return bool(golden.meta.get("bias", fallback))
-
-
 def _key_extractor(golden: Golden, dtype: np.dtype) -> list[Arrays]:
+    """Multiply unit keys by their scale, of which a query for stored pairs has the square."""
     power = golden.meta["scale_pow"]
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        limit = {"scale_limit": 2 * NANO_LIMIT / power}
+        return _extractor(KeyExtractor, golden, rngs, "conv", kernel_size=1, **limit)
 
     def run(module: KeyExtractor, inputs: Values) -> Values:
         keys, _ = module(inputs["x"], None)
-        return {"y": keys.swapaxes(1, 2) * module.key_scale(power)[:, None, None]}
+        scale = module.logit_scale() if power == 2 else jnp.sqrt(module.logit_scale())
+        return {"y": keys.swapaxes(1, 2) * scale[:, None, None]}
 
-    return _extractor(golden, dtype, KeyExtractor, names.MOSAIC_KEY, run)
+    return part_results(golden, make, names.MOSAIC_KEY, run, dtype)
 
 
 def _value_extractor(golden: Golden, dtype: np.dtype) -> list[Arrays]:
-    def run(module: ValueExtractor, inputs: Values) -> Values:
-        return {"y": module(module.projection(inputs["x"])).swapaxes(1, 2)}
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return _extractor(ValueExtractor, golden, rngs, "mix", kernel_size=2, shift=1)
 
-    return _extractor(golden, dtype, ValueExtractor, names.MOSAIC_VALUE, run)
+    def run(module: ValueExtractor, inputs: Values) -> Values:
+        return {"y": module(inputs["x"]).swapaxes(1, 2)}
+
+    return part_results(golden, make, names.MOSAIC_VALUE, run, dtype)
 
 
 def _extractor(
-    golden: Golden,
-    dtype: np.dtype,
-    extractor: type[nnx.Module],
-    table: Names,
-    run: Callable[[Any, Values], Values],
-) -> list[Arrays]:
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        dim, heads = golden.meta["n_embd"], golden.meta["n_head"]
-        return extractor(dim, heads, use_bias=_use_bias(golden), init=gpt2_init(1), rngs=rngs)
-
-    return module_results(golden, load_module(golden, make, table, dtype), run, dtype)
+    kind: Callable[..., nnx.Module], golden: Golden, rngs: nnx.Rngs, *args: Any, **options: Any
+) -> nnx.Module:
+    dim, heads = golden.meta["n_embd"], golden.meta["n_head"]
+    options |= {"use_bias": use_bias(golden), "init": gpt2_init(1), "rngs": rngs}
+    return kind(dim, heads, *args, **options)
 
 
 def _contextual(golden: Golden) -> MixerConfig:
-    return ContextualMemoryConfig(num_heads=golden.meta["n_head"], use_bias=_use_bias(golden))
+    return ContextualMemoryConfig(num_heads=golden.meta["n_head"], use_bias=use_bias(golden))
 
 
 def _persistent(golden: Golden) -> MixerConfig:
@@ -127,19 +117,19 @@ def _persistent(golden: Golden) -> MixerConfig:
         num_heads=golden.meta["n_head"],
         memory_size=golden.meta["pmem_size"],
         num_banks=golden.meta.get("pmem_count", 1),
-        use_bias=_use_bias(golden),
+        use_bias=use_bias(golden),
     )
 
 
 def _attention(golden: Golden) -> MixerConfig:
-    return AttentionConfig(num_heads=golden.meta["n_head"], use_bias=_use_bias(golden))
+    return AttentionConfig(num_heads=golden.meta["n_head"], use_bias=use_bias(golden))
 
 
 def _mlp(golden: Golden) -> MixerConfig:
     """Return a GPT's feed-forward layer: Library's GELU is the tanh approximation, nano's exact."""
     module = golden.meta["module"]
     tanh = "tanh" in module or (module.startswith("Library") and "erf" not in module)
-    return MLPConfig(activation="gelu_tanh" if tanh else "gelu", use_bias=_use_bias(golden))
+    return MLPConfig(activation="gelu_tanh" if tanh else "gelu", use_bias=use_bias(golden))
 
 
 class Family(NamedTuple):
@@ -158,51 +148,18 @@ GPT = Family((_attention, _mlp), names.GPT_BLOCK, names.GPT, "learned")
 def _mixer(
     config: Callable[[Golden], MixerConfig], table: Names, golden: Golden, dtype: np.dtype
 ) -> list[Arrays]:
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return build(config(golden), golden.meta["n_embd"], init=gpt2_init(1), rngs=rngs)
-
-    def run(module: Mixer, inputs: Values) -> Values:
-        return {"y": module(inputs["x"]).y}
-
-    return module_results(golden, load_module(golden, make, table, dtype), run, dtype)
+    return mixer_results(golden, config(golden), table, dtype)
 
 
 def _block(family: Family, golden: Golden, dtype: np.dtype) -> list[Arrays]:
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return Block(
-            *(slot(golden) for slot in family.slots),
-            golden.meta["n_embd"],
-            use_bias=_use_bias(golden),
-            init=gpt2_init(1),
-            rngs=rngs,
-        )
-
-    def run(module: Block, inputs: Values) -> Values:
-        return {"y": module(inputs["x"], None).y}
-
-    loaded = load_module(golden, make, family.block, dtype)
-    return module_results(golden, loaded, run, dtype)
+    first, second = (slot(golden) for slot in family.slots)
+    return block_results(golden, (first, second), family.block, dtype)
 
 
 def _model(family: Family, golden: Golden, dtype: np.dtype) -> list[Arrays]:
-    """Run a whole model: one evaluation, or a training run if the file has an optimiser."""
-    mixer, feed_forward = (slot(golden) for slot in family.slots)
-    config = DecoderConfig(
-        vocab_size=golden.meta["vocab_size"],
-        context_len=golden.meta["block_size"],
-        dim=golden.meta["n_embd"],
-        depth=golden.meta["n_layer"],
-        mixer=mixer,
-        feed_forward=feed_forward,
-        positions=family.positions,
-        use_bias=_use_bias(golden),
-    )
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return Decoder(config, rngs=rngs, compute_dtype=dtype)
-
-    run = training_results if "optimizer" in golden.meta else model_results
-    return run(golden, load_module(golden, make, family.model, dtype), dtype)
+    first, second = (slot(golden) for slot in family.slots)
+    options = {"positions": family.positions}
+    return decoder_results(golden, (first, second), family.model, dtype, **options)
 
 
 _RELEASE = r"^(nanoMosaics|Library)\b.*"
@@ -222,4 +179,3 @@ KINDS: tuple[tuple[str, Compute], ...] = (
     (_RELEASE + "GPT block", partial(_block, GPT)),
     (_RELEASE + r"GPT\b", partial(_model, GPT)),
 )
-"""Pattern of the original module's name -> how to rebuild it; the first that occurs counts."""

@@ -14,8 +14,8 @@ from jaxmem.backbones.decoder import Decoder, DecoderConfig, DecoderState
 from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.mixers.mlp import MLPConfig
-from jaxmem.mixers.mosaic import ContextualMemoryConfig, PersistentMemoryConfig
-from tests.helpers.compare import BFLOAT16, FORWARD, assert_close
+from jaxmem.mixers.mosaic import LIBRARY_LIMIT, ContextualMemoryConfig, PersistentMemoryConfig
+from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
 
 LENGTH, VOCAB = 10, 11
 # Documents of 4 and 3 tokens, padding before, between and after them.
@@ -27,6 +27,16 @@ def config_of(kind: str, *, heads: int, memory: int, **fields: Any) -> DecoderCo
         return DecoderConfig(
             mixer=ContextualMemoryConfig(num_heads=heads),
             feed_forward=PersistentMemoryConfig(num_heads=heads, memory_size=memory),
+            **fields,
+        )
+    if kind in ("library", "convolutions"):
+        library = {"num_heads": heads, "scale_limit": LIBRARY_LIMIT}
+        values = "conv" if kind == "convolutions" else "mix"
+        return DecoderConfig(
+            mixer=ContextualMemoryConfig(**library, value_extractor=values),
+            feed_forward=PersistentMemoryConfig(**library, memory_size=memory),
+            scale_logits=True,
+            init="fan_in",
             **fields,
         )
     return DecoderConfig(
@@ -75,6 +85,11 @@ TOKENS = jax.random.randint(jax.random.key(2), (3, LENGTH), 0, VOCAB)
         ("gpt", 10_745_088, (6, 6, 384, 1344, 256, 65)),
         ("mosaic", 123_588_336, (12, 12, 768, 2688, 1024, 50304)),
         ("gpt", 124_373_760, (12, 12, 768, 2688, 1024, 50304)),
+        ("library", 123_588_336, (12, 12, 768, 2688, 512, 50304)),
+        ("convolutions", 130_666_080, (12, 12, 768, 2688, 512, 50304)),
+        ("library", 353_554_048, (24, 16, 1024, 3584, 1024, 50304)),
+        ("library", 756_822_144, (24, 16, 1536, 5376, 1024, 50304)),
+        ("library", 396_528, (2, 8, 128, 448, 1000, 20)),
     ],
 )
 def test_parameter_counts(kind: str, count: int, sizes: tuple[int, ...]):
@@ -146,6 +161,27 @@ def test_initial_statistics(kind: str):
         else:
             assert name.endswith("value/mix"), name
             assert np.all((value >= 0) & (value < 1))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_initial_statistics_of_the_library(tied: bool):
+    config = config_of(
+        "convolutions", heads=4, memory=100, vocab_size=100, context_len=9, dim=64, depth=4
+    )
+    model = Decoder(dataclasses.replace(config, tie_embedding=tied), rngs=nnx.Rngs(0))
+    block = model.blocks[1]
+    spreads = [
+        (block.mixer.key.projection.kernel, 1 / 8),  # 1 / sqrt(inputs)
+        (block.mixer.value.projection.kernel, 1 / math.sqrt(2 * 64)),
+        (block.mixer.out.kernel, 1 / 8 / math.sqrt(4)),  # and 1 / sqrt(depth)
+        (block.feed_forward.out.kernel, 1 / 8 / math.sqrt(4)),
+        (block.feed_forward.keys, 1 / 4),
+        (model.embedding.table, 1 / 8 if tied else 1.0),
+    ]
+    spreads += [] if tied else [(model.head.table, 1 / 8)]
+    for leaf, spread in spreads:
+        tolerance = 5 / math.sqrt(2 * leaf.size)
+        assert float(jnp.std(leaf[...])) == pytest.approx(spread, rel=tolerance), leaf.shape
 
 
 def test_layers_and_seeds_start_differently():
@@ -358,3 +394,58 @@ def test_a_vocabulary_must_be_known():
     config = dataclasses.replace(small("gpt"), vocab_size=0)
     with pytest.raises(ConfigError, match=r"model\.vocab_size is 0.*tokenizer"):
         Decoder(config, rngs=nnx.Rngs(0))
+
+
+def scored(config: DecoderConfig, params: Any, key: jax.Array | None) -> jax.Array:
+    """A number that depends on all logits."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+    model = nnx.merge(graph, params)
+    rngs = None if key is None else nnx.Rngs(dropout=key)
+    logits = model(TOKENS, rngs=rngs).logits
+    return jnp.sum(logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape))
+
+
+def test_rematerialised_blocks_give_the_same_gradients():
+    """Also with dropout, whose masks are drawn again in the backward pass."""
+    plain = small("mosaic")
+    plain = dataclasses.replace(plain, mixer=dataclasses.replace(plain.mixer, dropout=0.3))
+    forgetful = dataclasses.replace(plain, remat=True)
+    params = nnx.state(Decoder(plain, rngs=nnx.Rngs(0)), nnx.Param)
+    grads = [jax.grad(lambda p, c=c: scored(c, p, jax.random.key(5))) for c in (plain, forgetful)]
+    kept, again = (jax.jit(grad)(params) for grad in grads)
+    assert_close(again, kept, GRADIENT)
+    text = [str(jax.make_jaxpr(grad)(params)) for grad in grads]
+    assert ["remat" in t or "checkpoint" in t for t in text] == [False, True]
+
+
+def test_the_parts_of_the_library_compute_their_equations():
+    """Untied head, scaled logits, norms on the stream, blocks of one slot."""
+    config = dataclasses.replace(
+        small("convolutions"), feed_forward=None, norm="post", tie_embedding=False
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    assert [len(slots) for slots in model.init_state(3).blocks] == [1, 1]
+
+    @jax.jit
+    def run(m: Decoder) -> tuple[jax.Array, list[jax.Array]]:
+        x = m.embedding(TOKENS)
+        for block in m.blocks:
+            x = block.norm_1(x)
+            x = x + block.mixer(x).y
+        expected = m.norm(x) @ m.head.table[...].T / math.sqrt(config.dim)
+        return expected, [m(TOKENS).logits, m(TOKENS, m.init_state(3)).logits]
+
+    expected, ways = run(model)
+    for logits in ways:
+        assert_close(logits, expected, FORWARD)
+
+
+def test_values_of_length_zero_leave_loss_and_gradients_finite():
+    """With all shares at 0 the last value of each row is 0/0 in the authors' code."""
+    config = small("library")
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    for block in model.blocks:
+        block.mixer.value.mix[...] = jnp.zeros(2)
+    params = nnx.state(model, nnx.Param)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: scored(config, p, None)))(params)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in [value, *jax.tree.leaves(grads)])

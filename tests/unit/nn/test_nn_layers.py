@@ -10,7 +10,7 @@ from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.base import config_class
 from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
-from jaxmem.nn.init import decay_ladder, gpt2_init, uniform_per_head
+from jaxmem.nn.init import decay_ladder, fan_in_init, gpt2_init, uniform_per_head
 from jaxmem.nn.layers import Embedding, LayerNorm, Linear, dropout, weight_dropout
 
 INIT = nnx.initializers.normal(0.5)
@@ -92,7 +92,10 @@ def test_initialisers():
     init = gpt2_init(8)
     key = jax.random.key(0)
     draws = [np.std(f(key, (300, 300), jnp.float32)) for f in init]
-    np.testing.assert_allclose(draws, [0.02, 0.02 / 4, 0.02], rtol=0.02)
+    np.testing.assert_allclose(draws, [0.02, 0.02 / 4, 0.02, 0.02], rtol=0.02)
+    init = fan_in_init(4)
+    draws = [np.std(f(key, (400, 100), jnp.float32)) for f in init]
+    np.testing.assert_allclose(draws, [1 / 20, 1 / 40, 1.0, 1 / 10], rtol=0.02)
     np.testing.assert_allclose(decay_ladder(4), [0.05, 0.2, 0.35, 0.5], rtol=1e-6)
     uniform = uniform_per_head(key, 1000)
     assert 0.0 <= float(jnp.min(uniform)) < 0.05
