@@ -1,151 +1,375 @@
-"""Softmax attention with a visibility rule: causal, lagged, packed, or over a cache.
+"""Softmax attention with a visibility rule: causal, lagged, windowed, packed, or over a cache.
 
-Key j is visible to query i when it is `lag` places or more behind it in the same document. With
-lag 0 this is causal self-attention; with lag 1, keys as queries and look-ahead values it is the
-contextual memory of Memory Mosaics. A query that sees no key returns 0.
+Key j is visible to query i when it is at least `lag` and fewer than `window` places behind it in
+the same document. With lag 0 this is causal self-attention; with lag 1, keys as queries and
+look-ahead values it is the contextual memory of Memory Mosaics. A query that sees no key returns 0.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Float, Int
+from jax import Array
+from jaxtyping import Float
 
 from jaxmem.errors import ShapeError
+from jaxmem.ops import (
+    attention_blocked,
+    attention_cudnn,
+    attention_reference,
+    attention_xla,
+)
+from jaxmem.ops.attention_terms import Dropout, Extras, Places, Rule, cumulative
+from jaxmem.ops.attention_xla import Gradients, Read, cotangents, delta_of
 from jaxmem.ops.dispatch import Implementation, declare, resolve
+from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
-from jaxmem.shapes import HeadScalars, Key, Keys, Queries, SegmentIds, Values
+from jaxmem.shapes import HeadScalars, Queries, SegmentIds
+from pallas_kernels import attention as kernels
+from pallas_kernels._compat import Precision
+from pallas_kernels._dropout import dropout_seed
+from pallas_kernels._interpret import interpreted
+from pallas_kernels.attention import AttentionLaunch, Decay
 
-declare("attention", "xla", "reference")
+__all__ = ["Dropout", "Places", "attention", "attention_with_lse"]
 
-_FAR_BELOW = -1e30
-"""Logit of an invisible key in the reference; finite, so that an empty row has a gradient."""
-
-
-class Places(NamedTuple):
-    """Where queries and keys stand, when that is not simply their index in one row."""
-
-    query: SegmentIds
-    key: Int[Array, "B S"]
-    query_segment: SegmentIds
-    key_segment: Int[Array, "B S"]
-    """Document of each key; 0 is padding or an unused cache slot and is never visible."""
-
-
-class Dropout(NamedTuple):
-    """Drop attention weights with probability `rate`, scaling the rest by 1 / (1 - rate)."""
-
-    rate: float
-    key: Key
+GroupKeys = Float[Array, "B S G K"]
+GroupValues = Float[Array, "B S G V"]
+LogForget = Float[Array, "B S H"]
 
 
 def attention(
     q: Queries,
-    k: Keys,
-    v: Values,
+    k: GroupKeys,
+    v: GroupValues,
     *,
     scale: float | HeadScalars,
     lag: int = 0,
+    window: int | None = None,
+    segment_ids: SegmentIds | None = None,
     places: Places | None = None,
+    log_forget: LogForget | None = None,
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
+    precision: Precision | None = None,
+    config: AttentionLaunch | None = None,
+    interpret: bool | None = None,
 ) -> Float[Array, "B T H V"]:
     r"""Average values with softmax weights over the visible keys.
 
-    y_i = Σ_j softmax_j(scale q_i·k_j) v_j over j with place_j + lag <= place_i, same document
+    y_i = Σ_j softmax_j(scale q_i·k_j + Σ_{j<l≤i} log_forget_l) v_j over the j of i's document with
+    lag <= place_i - place_j < window
 
-    Logits and weights are float32 or wider. Cost: 2 B H T S (K + V) FLOPs forward; the XLA form
-    keeps the (B, H, T, S) weights for the backward pass.
+    Logits and weights are float32 or wider. Cost: 2 H (K + V) FLOPs forward and 2.5 times that
+    backward per visible pair. Kept for the backward pass: the operands, y and a number per query
+    and head; weights that are few too (`attention_xla.fits_at_once`).
 
     Args:
       q: queries.
-      k: keys; may be wider than the values where a large scale would magnify their rounding.
+      k: keys; may be wider than the values where a large scale would magnify their rounding. Query
+        head h reads key/value head h // (H / G).
       v: values; their dtype is that of the result.
       scale: factor of the logits, one number or one per head.
       lag: how many places a key must be behind the query; 0 includes the query's own place.
-      places: places and documents; None: queries and keys are one row of one document, and T = S.
-      dropout: rate and key of the dropout of the weights; None in evaluation.
-      implementation: `reference` walks over queries with a `lax.scan`, `xla` takes all at once.
+      window: how many places back keys are visible, the query's own counted; None: all.
+      segment_ids: document of each token of rows that attend to themselves, 0 is padding.
+      places: places and documents where queries and keys are not one row of tokens. Without them
+        T = S; with every query placed after every key all keys are visible.
+      log_forget: log of the share of what came before that each key's token lets through, <= 0 and
+        finite, per query head. With `places`, keys stand in slot order and a query's place is its
+        slot.
+      dropout: rate and key of the dropout of the weights; None in evaluation. Which weights are
+        dropped does not depend on the implementation.
+      implementation: `reference` walks over queries with a `lax.scan`; `xla` takes all at once or,
+        if these are many, tile by tile; `pallas` keeps tiles on chip; `cudnn` is cuDNN, for plain
+        causal calls in half precision.
+      precision: of float32 products; None: the fastest for values and gradients, and close to
+        float32 for logits.
+      config: tiles of the kernels; None: those of the table.
+      interpret: run kernels interpreted; None: where there is no GPU.
 
     Raises:
-      ShapeError: places is None and T differs from S, or head counts differ.
+      ShapeError: shapes do not fit, an axis is empty, or no key could be visible.
+      KernelUnsupported: the named implementation cannot run this call, or a second derivative of
+        `pallas` is asked for.
 
-    Reference: Vaswani et al. 2017, eq. 1; Memory Mosaics (arXiv 2405.06394), eq. 4 (lag 1, q = k).
+    Reference: Vaswani et al. 2017, eq. 1; Memory Mosaics (arXiv 2405.06394), eq. 4 (lag 1, q = k);
+      Forgetting Transformer (arXiv 2503.02130), eq. 5; FlashAttention-2 (arXiv 2307.08691).
     """
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or k.shape[:3] != v.shape[:3]:
+    return _attend(
+        q,
+        k,
+        v,
+        scale=scale,
+        lag=lag,
+        window=window,
+        segment_ids=segment_ids,
+        places=places,
+        log_forget=log_forget,
+        dropout=dropout,
+        implementation=implementation,
+        precision=precision,
+        config=config,
+        interpret=interpret,
+        wants_lse=False,
+    ).y
+
+
+def attention_with_lse(
+    q: Queries,
+    k: GroupKeys,
+    v: GroupValues,
+    *,
+    scale: float | HeadScalars,
+    lag: int = 0,
+    window: int | None = None,
+    segment_ids: SegmentIds | None = None,
+    places: Places | None = None,
+    log_forget: LogForget | None = None,
+    dropout: Dropout | None = None,
+    implementation: Implementation = "auto",
+    precision: Precision | None = None,
+    config: AttentionLaunch | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Return what `attention` returns and the log-sum-exp of each query's logits.
+
+    The latter is float32 or wider, before dropout, -inf where no key is visible, and differentiable
+    too. Reads of two sets of keys merge with it: exp(lse - lse_both) y summed over both.
+    Arguments and errors are those of `attention`; cuDNN does not give it.
+    """
+    read = _attend(
+        q,
+        k,
+        v,
+        scale=scale,
+        lag=lag,
+        window=window,
+        segment_ids=segment_ids,
+        places=places,
+        log_forget=log_forget,
+        dropout=dropout,
+        implementation=implementation,
+        precision=precision,
+        config=config,
+        interpret=interpret,
+        wants_lse=True,
+    )
+    return read.y, jnp.moveaxis(read.lse, 1, 2)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | Array,
+    lag: int,
+    window: int | None,
+    segment_ids: Array | None,
+    places: Places | None,
+    log_forget: Array | None,
+    dropout: Dropout | None,
+    implementation: Implementation,
+    precision: Precision | None,
+    config: AttentionLaunch | None,
+    interpret: bool | None,
+    wants_lse: bool,
+) -> Read:
+    _check(q, k, v, lag, window, segment_ids, places, log_forget)
+    if segment_ids is not None:
+        index = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
+        places = Places(index, index, segment_ids, segment_ids)
+    if dropout is not None and dropout.rate == 0.0:
+        dropout = None
+    form = resolve(
+        "attention",
+        implementation,
+        q,
+        k,
+        v,
+        scale=scale,
+        lag=lag,
+        window=window,
+        places=places,
+        log_forget=log_forget,
+        dropout=dropout,
+        config=config,
+        wants_lse=wants_lse,
+    )
+    if form == "cudnn":
+        y = attention_cudnn.run(q, k, v, scale=float(scale), window=window)
+        return Read(y, jnp.zeros(()))
+    rule = Rule(lag, window, 0.0 if dropout is None else dropout.rate, precision)
+    seed = None if dropout is None else dropout_seed(dropout.key)
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    q, k = q.astype(dtype), k.astype(dtype)
+    scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
+    if form == "reference":
+        return attention_reference.read(rule, q, k, v, scale, places, log_forget, seed)
+    extras = Extras(places, _decay(log_forget, places, scale), seed)
+    if form == "xla" and attention_xla.fits_at_once(q, k):
+        return attention_xla.at_once(rule, q, k, v, scale, extras)
+    return _read(_Static(form, rule, config, interpreted(interpret)), q, k, v, scale, extras)
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    lag: int,
+    window: int | None,
+    segment_ids: Array | None,
+    places: Places | None,
+    log_forget: Array | None,
+) -> None:
+    shapes = f"attention: q {q.shape}, k {k.shape}, v {v.shape}"
+    if (
+        (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
+        or k.shape[:3] != v.shape[:3]
+        or q.shape[2] % max(k.shape[2], 1)
+    ):
         raise ShapeError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
-            "Expected q [B T H K], k [B S H K], v [B S H V]."
+            f"{shapes} do not fit together. "
+            "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
         )
+    if 0 in (*q.shape, *v.shape):
+        raise ShapeError(f"{shapes}: an axis is empty. Give at least one query and one key.")
     if places is None and q.shape[1] != k.shape[1]:
         raise ShapeError(
             f"attention: {q.shape[1]} queries and {k.shape[1]} keys without `places`. "
             "Say where each stands, or pass rows of equal length."
         )
-    form = resolve("attention", implementation)
-    weights = None
-    if dropout is not None and dropout.rate > 0.0:
-        weights = _dropout_weights(dropout, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    head_scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
-    run = _reference if form == "reference" else _xla
-    return run(q, k, v, head_scale, _visible(q.shape[1], k.shape[1], lag, places), weights)
+    if places is not None and segment_ids is not None:
+        raise ShapeError("attention: both `places` and `segment_ids`. Places hold documents too.")
+    if lag < 0 or (window is not None and window <= lag):
+        raise ShapeError(
+            f"attention: with lag={lag} and window={window} the first visible key is not behind "
+            "the last. Use 0 <= lag < window."
+        )
+    if log_forget is not None and log_forget.shape != (*k.shape[:2], q.shape[2]):
+        raise ShapeError(
+            f"attention: log_forget {log_forget.shape}; expected one gate per key and query head, "
+            f"{(*k.shape[:2], q.shape[2])}."
+        )
 
 
-def _visible(queries: int, keys: int, lag: int, places: Places | None) -> Array:
-    """Return the visibility mask, [1|B T S]."""
-    if places is None:
-        return jnp.tril(jnp.ones((1, queries, keys), bool), k=-lag)
-    behind = places.key[:, None, :] + lag <= places.query[:, :, None]
-    same = places.key_segment[:, None, :] == places.query_segment[:, :, None]
-    return behind & same & (places.key_segment != 0)[:, None, :]
+def _decay(log_forget: Array | None, places: Places | None, scale: Array) -> Decay | None:
+    """Return the cumulative gates at queries and keys."""
+    if log_forget is None:
+        return None
+    sums = cumulative(log_forget.astype(scale.dtype))  # [B S H] twice
+    at_queries = sums
+    if places is not None:
+        slot = jnp.maximum(places.query, 0)[..., None]
+        at_queries = tuple(jnp.take_along_axis(a, slot, axis=1) for a in sums)
+    return Decay(*(jnp.moveaxis(a, 1, 2) for a in (*at_queries, *sums)))
 
 
-def _dropout_weights(dropout: Dropout, shape: tuple[int, ...]) -> Array:
-    keep = 1.0 - dropout.rate
-    return jax.random.bernoulli(dropout.key, keep, shape) / keep
-
-
-def _reference(
-    q: Array, k: Array, v: Array, scale: Array, visible: Array, dropout: Array | None
-) -> Array:
-    """Read one query after another, as a decoder with a cache does."""
-    wide_q, wide_k, wide_v = (at_least_float32(a) for a in (q, k, v))
-    visible = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[1:]))
-    drop = jnp.ones((q.shape[1], 1, 1, 1)) if dropout is None else jnp.moveaxis(dropout, 2, 0)
-
-    def read(_: None, inputs: tuple[Array, Array, Array]) -> tuple[None, Array]:
-        q_t, seen, kept = inputs  # [B H K], [B S], [B H S]
-        logits = jnp.einsum("bhk,bshk->bhs", q_t, wide_k) * scale[:, None]
-        seen = seen[:, None, :]
-        # A query that sees nothing gets equal weights here, and none after the second mask.
-        weights = jax.nn.softmax(jnp.where(seen, logits, _FAR_BELOW), axis=-1)
-        weights = jnp.where(seen, weights, 0.0) * kept.astype(weights.dtype)
-        return None, jnp.einsum("bhs,bshv->bhv", weights, wide_v)
-
-    _, y = lax.scan(read, None, (jnp.moveaxis(wide_q, 1, 0), jnp.moveaxis(visible, 1, 0), drop))
-    return jnp.moveaxis(y, 0, 1).astype(v.dtype)
-
-
-def _xla(
-    q: Array, k: Array, v: Array, scale: Array, visible: Array, dropout: Array | None
-) -> Array:
-    """Compute all weights at once, dividing by their sum after the product with the values.
-
-    Dividing the (T, V) result rather than the (T, S) weights saves two passes over the largest
-    array.
-    """
-    logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=scale.dtype)
-    visible = visible[:, None]
-    logits = jnp.where(visible, logits * scale[:, None, None], -jnp.inf)
-    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # A row without visible keys has top = -inf; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
-    weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(weights, axis=-1)
-    if dropout is not None:
-        weights = weights * dropout.astype(weights.dtype)
-    y = jnp.einsum(
-        "bhts,bshv->bthv", weights.astype(v.dtype), v, preferred_element_type=scale.dtype
+def _pallas_unmet(
+    q: Any, k: Any, v: Any, *, config: AttentionLaunch | None = None, **_: Any
+) -> str | None:
+    return kernels.unmet(
+        jnp.promote_types(q.dtype, k.dtype),
+        v.dtype,
+        q.shape[3],
+        v.shape[3],
+        length=k.shape[1],
+        rows=q.shape[0] * q.shape[2],
+        config=config,
     )
-    total = jnp.moveaxis(total, 1, 2)[..., None]
-    return (y / jnp.where(total == 0.0, 1.0, total)).astype(v.dtype)
+
+
+def _cudnn_unmet(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: Any = 1.0,
+    lag: int = 0,
+    window: int | None = None,
+    wants_lse: bool = False,
+    **extras: Any,
+) -> str | None:
+    present = [name for name in ("places", "log_forget", "dropout") if extras.get(name) is not None]
+    if lag != 0 or wants_lse or present:
+        found = [*present, *(["lag"] if lag else []), *(["log-sum-exp"] if wants_lse else [])]
+        return f"it has no {', '.join(found)}"
+    return attention_cudnn.unmet(q, k, v, scale=scale, window=window)
+
+
+declare("attention", cudnn=_cudnn_unmet, pallas=_pallas_unmet, xla=None, reference=None)
+
+
+class _Static(NamedTuple):
+    """What a call does not trace."""
+
+    form: str
+    rule: Rule
+    config: AttentionLaunch | None
+    interpret: bool
+
+
+class _Residuals(NamedTuple):
+    """Enough for every backward pass, whichever implementation ran forward."""
+
+    q: Array
+    k: Array
+    v: Array
+    scale: Array
+    extras: Extras
+    read: Read
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(static: _Static, q: Array, k: Array, v: Array, scale: Array, extras: Extras) -> Read:
+    """Attend without the weights of (T, S) in memory, forwards or backwards."""
+    return _read_forward(static, q, k, v, scale, extras)[0]
+
+
+def _read_forward(
+    static: _Static, q: Array, k: Array, v: Array, scale: Array, extras: Extras
+) -> tuple[Read, _Residuals]:
+    if static.form == "xla":
+        read = attention_blocked.forward(static.rule, q, k, v, scale, extras)
+    else:
+        run = functools.partial(kernels.forward, **_launch(static, q, k, v))
+        read = Read(*first_order("attention", run)(q, k, v, scale, *_for_kernels(extras)))
+    return read, _Residuals(q, k, v, scale, extras, read)
+
+
+def _read_backward(static: _Static, residuals: _Residuals, grad: Read) -> tuple:
+    q, k, v, scale, extras, read = residuals
+    if static.form == "xla":
+        grads = attention_blocked.backward(static.rule, q, k, v, scale, extras, read, grad)
+    else:
+        options = _launch(static, q, k, v)
+        operands = (q, k, v, scale, *_for_kernels(extras), read.lse)
+        operands = (*operands, grad.y.astype(v.dtype), delta_of(read, grad))
+        run = functools.partial(_kernel_gradients, **options)
+        grads = first_order("attention", run)(*operands)
+    return cotangents(grads, q, k, v, read, grad)
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def _kernel_gradients(*operands: Any, **options: Any) -> Gradients:
+    dq, along = kernels.queries_gradient(*operands, **options)
+    dk, dv, forget = kernels.keys_gradient(*operands, **options)
+    return Gradients(dq, dk, dv, jnp.sum(along, axis=(0, 2)), forget)
+
+
+def _launch(static: _Static, q: Array, k: Array, v: Array) -> dict[str, Any]:
+    """Return the keyword arguments of the kernels."""
+    size = {"length": k.shape[1], "rows": q.shape[0] * q.shape[2]}
+    config = static.config or kernels.find_config(q.dtype, k.shape[3], v.shape[3], **size)
+    return {**static.rule._asdict(), "config": config, "interpret": static.interpret}
+
+
+def _for_kernels(extras: Extras) -> tuple[kernels.Places | None, Decay | None, Array | None]:
+    places = extras.places
+    if places is not None:
+        places = kernels.Places(*(a.astype(jnp.int32) for a in places))
+    return places, extras.decay, extras.seed

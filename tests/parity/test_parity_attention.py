@@ -1,89 +1,59 @@
-"""The two forms of attention against each other and against loops in float64."""
+"""The forms of attention in plain JAX against formulas in float64."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.ops.attention import Dropout, Places, attention
-from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
+from jaxmem.ops import attention_blocked, attention_xla
+from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
+from jaxmem.ops.attention_terms import cumulative
+from tests.helpers.attention import Size, check, direct, factors, inputs, rows_visible, run
+from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
 
-FORMS = ("xla", "reference")
-BATCH, HEADS, WIDTH, VALUE_WIDTH = 3, 2, 5, 3
-SCALE = np.array([0.7, 2.0], np.float32)
-
-
-class Inputs(NamedTuple):
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    scale: jax.Array
+SMALL = Size(batch=3, length=7, width=5, value_width=3)
 
 
-def inputs(queries: int, keys: int) -> Inputs:
-    shapes = {
-        "q": (BATCH, queries, HEADS, WIDTH),
-        "k": (BATCH, keys, HEADS, WIDTH),
-        "v": (BATCH, keys, HEADS, VALUE_WIDTH),
-    }
-    draw = {n: jax.random.normal(jax.random.key(i), s) for i, (n, s) in enumerate(shapes.items())}
-    return Inputs(**draw, scale=jnp.asarray(SCALE))
-
-
-def direct(args: Inputs, visible: np.ndarray) -> np.ndarray:
-    """Read for every row, head and query its visible keys only, float64."""
-    q, k, v, scale = (np.asarray(a, np.float64) for a in args)
-    y = np.zeros((*q.shape[:3], v.shape[-1]))
-    for row, t, head in np.ndindex(*q.shape[:3]):
-        seen = np.flatnonzero(visible[row, t])
-        if seen.size:
-            logits = scale[head] * k[row, seen, head] @ q[row, t, head]
-            weights = np.exp(logits - logits.max())
-            y[row, t, head] = weights @ v[row, seen, head] / weights.sum()
-    return y
-
-
-def value_and_grads(args: Inputs, **options: Any) -> dict[str, Any]:
-    """Return outputs and gradients of each form, from one compilation."""
-
-    def run(form: str, args: Inputs) -> Any:
-        def scalar(args: Inputs) -> tuple[jax.Array, jax.Array]:
-            q, k, v, scale = args
-            y = attention(q, k, v, scale=scale, implementation=form, **options)
-            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
-
-        (_, y), grads = jax.value_and_grad(scalar, has_aux=True)(args)
-        return y, grads
-
-    return jax.jit(lambda args: {form: run(form, args) for form in FORMS})(args)
-
-
-def check(results: dict[str, Any], expected: np.ndarray) -> None:
-    for form in FORMS:
-        assert_close(results[form][0], expected, FORWARD)
-    assert_close(results["xla"][1], results["reference"][1], GRADIENT)
+@pytest.fixture(params=["at once", "blocked", "reference"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The implementation to name; `xla` stands for two forms, of short and of long rows."""
+    if request.param == "blocked":
+        monkeypatch.setattr(attention_xla, "fits_at_once", lambda q, k: False)
+        monkeypatch.setattr(attention_blocked, "block_of", lambda length: min(length, 4))
+    return "reference" if request.param == "reference" else "xla"
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_lags(lag: int):
-    args = inputs(7, 7)
-    visible = np.arange(7)[:, None] - np.arange(7) >= lag
-    results = value_and_grads(args, lag=lag)
-    check(results, direct(args, np.broadcast_to(visible, (BATCH, 7, 7))))
-    for y, grads in results.values():
-        np.testing.assert_array_equal(y[:, :lag], 0.0)
-        np.testing.assert_array_equal(grads.q[:, :lag], 0.0)
-        last = 7 - lag  # keys from here on are seen by nobody
-        np.testing.assert_array_equal(grads.k[:, last:], 0.0)
-        np.testing.assert_array_equal(grads.v[:, last:], 0.0)
+def test_lags(form: str, lag: int):
+    args = inputs(SMALL)
+    found = run(args, lag=lag, implementation=form)
+    check(found, direct(args, rows_visible(SMALL, lag=lag)))
+    last = SMALL.length - lag  # keys from here on are seen by nobody
+    np.testing.assert_array_equal(found[1].k[:, last:], 0.0)
+    np.testing.assert_array_equal(found[1].v[:, last:], 0.0)
+
+
+def test_everything_at_once(form: str):
+    """Packed documents with padding, a window, shared keys, gates and dropout."""
+    size = Size(batch=2, length=19, heads=4, groups=2, width=6, value_width=5)
+    segments = [[1] * 4 + [2] * 7 + [0] * 2 + [3] * 6, [0] * 3 + [7] * 5 + [4] * 11]
+    dropout = Dropout(0.3, jax.random.key(5))
+    rule = {"lag": 1, "window": 5}
+    args = inputs(size, gated=True)
+    found = run(
+        args, **rule, segment_ids=jnp.asarray(segments), dropout=dropout, implementation=form
+    )
+    visible = rows_visible(size, segments=segments, **rule)
+    check(found, direct(args, visible, factors(size, dropout)))
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_places_in_a_cache(lag: int):
+def test_places_in_a_cache(form: str, lag: int):
     """Three queries over nine slots: rows at different lengths, two documents, unused slots."""
-    key = np.tile(np.arange(9), (BATCH, 1))
+    size = Size(batch=3, length=3, keys=9, width=5, value_width=3)
+    key = np.tile(np.arange(9), (3, 1))
     key_segment = np.array([[1] * 3 + [2] * 4 + [0] * 2, [1] * 9, [0] * 9])
     query = np.array([[4, 5, 6], [6, 7, 8], [0, 1, 2]])
     query_segment = np.array([[2, 2, 2], [1, 0, 1], [1, 1, 1]])
@@ -92,29 +62,66 @@ def test_places_in_a_cache(lag: int):
         & (key_segment[:, None] == query_segment[:, :, None])
         & (key_segment[:, None] != 0)
     )
-    args = inputs(3, 9)
+    args = inputs(size)
     places = Places(*map(jnp.asarray, (query, key, query_segment, key_segment)))
-    results = value_and_grads(args, lag=lag, places=places)
-    check(results, direct(args, visible))
-    for y, grads in results.values():
-        np.testing.assert_array_equal(y[~visible.any(2)], 0.0)
-        np.testing.assert_array_equal(grads.q[~visible.any(2)], 0.0)
-        np.testing.assert_array_equal(grads.v[~visible.any(1)], 0.0)
-        np.testing.assert_array_equal(grads.k[2], 0.0)
+    found = run(args, lag=lag, places=places, implementation=form)
+    check(found, direct(args, visible))
+    np.testing.assert_array_equal(found[1].v[~visible.any(1)], 0.0)
+    np.testing.assert_array_equal(found[1].k[2], 0.0)
 
 
-def test_dropout_is_one_mask_for_both_forms():
-    args = inputs(7, 7)
-    dropout = Dropout(0.4, jax.random.key(3))
-    results = value_and_grads(args, lag=1, dropout=dropout)
-    assert_close(results["xla"], results["reference"], GRADIENT)
-    plain = value_and_grads(args, lag=1)["xla"][0]
-    assert float(jnp.max(jnp.abs(results["xla"][0] - plain))) > 0.1
+def test_gates_of_a_cache(form: str):
+    """The last queries of a row, over a cache of it, are what they are in the row."""
+    size = Size(length=9, width=5, value_width=3)
+    q, k, v, scale, gates = inputs(size, gated=True)
+    index = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    places = Places(index[:, 6:], index, jnp.ones((2, 3), jnp.int32), jnp.ones_like(index))
+    options = {"scale": scale, "log_forget": gates}
+    whole = attention(q, k, v, **options, implementation="reference")
+    last = attention(q[:, 6:], k, v, **options, places=places, implementation=form)
+    assert_close(last, whole[:, 6:], FORWARD)
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_extreme_gates(form: str):
+    args = inputs(SMALL, gated=True)
+    gates = np.asarray(args.log_forget).copy()
+    gates[:, 2] = gates[:, 5] = -1e4
+    gates[:, 3] = 0.0
+    args = args._replace(log_forget=jnp.asarray(gates))
+    check(run(args, implementation=form), direct(args, rows_visible(SMALL)))
+
+
+def test_gates_of_a_long_row_keep_their_digits():
+    gates = -jax.random.uniform(jax.random.key(0), (1, 20_000, 1))
+    whole, rest = (np.asarray(a, np.float64) for a in cumulative(gates))
+    exact = np.cumsum(np.asarray(gates, np.float64), axis=1)
+    assert np.max(np.abs(whole + rest - exact)) < 1e-5  # of sums up to 1e4
+    assert np.max(np.abs(np.asarray(jnp.cumsum(gates, axis=1)) - exact)) > 1e-3
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_reads_of_two_halves_merge(heads: int):
+    size = Size(length=9, heads=heads, groups=1, width=5, value_width=3)
+    q, k, v, scale, _ = inputs(size)
+    ones = jnp.ones((2, 9), jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(9), (2, 9))
+
+    def read(low: int, high: int) -> tuple[jax.Array, jax.Array]:
+        part = index[:, low:high]
+        places = Places(index, part, ones, jnp.ones_like(part))
+        return attention_with_lse(
+            q, k[:, low:high], v[:, low:high], scale=scale, places=places, implementation="xla"
+        )
+
+    (first, first_lse), (second, second_lse) = read(0, 4), read(4, 9)
+    lse = jnp.logaddexp(first_lse, second_lse)
+    share = [jnp.exp(part - lse)[..., None] for part in (first_lse, second_lse)]
+    whole, whole_lse = attention_with_lse(q, k, v, scale=scale, implementation="xla")
+    assert_close((first * share[0] + second * share[1], lse), (whole, whole_lse), FORWARD)
+
+
 def test_logits_of_ten_thousand(form: str):
-    q, k, v, _ = inputs(6, 6)
+    q, k, v, _, _ = inputs(Size(length=6, width=5, value_width=3))
     key, query = k / jnp.linalg.norm(k, axis=-1, keepdims=True), q
 
     def scalar(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Any:
@@ -122,7 +129,7 @@ def test_logits_of_ten_thousand(form: str):
         return jnp.sum(y * y), y
 
     grad = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2, 3), has_aux=True))
-    (_, y), grads = grad(query, key, v, jnp.full(HEADS, 1e4))
+    (_, y), grads = grad(query, key, v, jnp.full(2, 1e4))
     for leaf in jax.tree.leaves((y, grads)):
         assert bool(jnp.all(jnp.isfinite(leaf)))
     # So sharp a softmax returns the value of the nearest key seen.
@@ -133,10 +140,37 @@ def test_logits_of_ten_thousand(form: str):
     assert_close(y[:, 1:], np.moveaxis(picked, 1, 2)[:, 1:], FORWARD)
 
 
-def test_half_precision_values():
-    args = inputs(7, 7)
-    rounded = args._replace(v=args.v.astype(jnp.bfloat16))
-    expected = direct(rounded, np.broadcast_to(np.tri(7, dtype=bool), (BATCH, 7, 7)))
-    for y, _ in value_and_grads(rounded).values():
-        assert y.dtype == jnp.bfloat16
-        assert_close(y, expected, BFLOAT16)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_half_precision_values(form: str, dtype: Any):
+    args = inputs(SMALL, dtypes=(dtype, jnp.bfloat16))
+    outputs, grads = run(args, implementation=form)
+    assert (outputs.y.dtype, outputs.lse.dtype) == (jnp.bfloat16, jnp.float32)
+    assert [g.dtype for g in grads[:3]] == [dtype, dtype, jnp.bfloat16]
+    expected = direct(args, rows_visible(SMALL))
+    check((outputs, grads), expected, BFLOAT16, Budget(rtol=5e-2, atol=5e-2, rms=2e-2))
+
+
+def test_second_derivatives(form: str):
+    size = Size(batch=1, length=6, heads=1, groups=1, width=3, value_width=3)
+    q, k, v, scale, gates = inputs(size, gated=True)
+
+    def second(form: str) -> jax.Array:
+        def loss(q: jax.Array) -> jax.Array:
+            y = attention(q, k, v, scale=scale, log_forget=gates, lag=1, implementation=form)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(lambda q: jnp.sum(jnp.cos(jax.grad(loss)(q))))(q)
+
+    assert_close(jax.jit(second, static_argnums=0)(form), second("reference"), GRADIENT)
+
+
+def test_long_rows_never_hold_all_weights():
+    """The program of a long row has no array of (T, S); neither has its gradient."""
+    arrays = [jax.ShapeDtypeStruct((1, 1024, 1, 4), jnp.float32)] * 3
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return jnp.sum(attention(*arrays, scale=1.0, implementation="xla"))
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).as_text()
+    assert "1024x1024" not in text
+    assert "128x128" in text

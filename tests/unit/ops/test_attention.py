@@ -1,5 +1,7 @@
 """Dropout, defaults and errors of attention."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -8,8 +10,10 @@ import pytest
 
 from jaxmem.errors import KernelUnsupported, ShapeError, UnknownName
 from jaxmem.ops.attention import Dropout, Places, attention
+from jaxmem.ops.dispatch import explain
 
 ONES = jnp.ones((2, 3, 2, 4))
+IDS = jnp.ones((2, 3), jnp.int32)
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
@@ -44,25 +48,41 @@ def test_one_scale_is_that_of_every_head():
 
 
 @pytest.mark.parametrize(
-    ("k", "v", "words"),
+    ("arrays", "options", "words"),
     [
-        (jnp.ones((2, 3, 1, 4)), ONES, "do not fit together"),
-        (ONES, jnp.ones((2, 2, 2, 4)), "do not fit together"),
-        (jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 2, 4)), "3 queries and 5 keys without `places`"),
+        ((ONES, jnp.ones((2, 3, 3, 4)), jnp.ones((2, 3, 3, 4))), {}, "do not fit together"),
+        ((ONES, ONES, jnp.ones((2, 2, 2, 4))), {}, "do not fit together"),
+        ((ONES, *(jnp.ones((2, 5, 2, 4)),) * 2), {}, "3 queries and 5 keys without `places`"),
+        ((jnp.ones((2, 0, 2, 4)),) * 3, {}, "an axis is empty"),
+        ((ONES,) * 3, {"lag": 2, "window": 2}, "Use 0 <= lag < window"),
+        ((ONES,) * 3, {"lag": -1}, "Use 0 <= lag < window"),
+        ((ONES,) * 3, {"log_forget": jnp.ones((2, 3, 1))}, r"expected one gate .*\(2, 3, 2\)"),
+        ((ONES,) * 3, {"segment_ids": IDS, "places": Places(*(IDS,) * 4)}, "both `places` and"),
     ],
-    ids=["heads", "value-length", "places"],
+    ids=["heads", "value-length", "places", "empty", "window", "lag", "gates", "documents"],
 )
-def test_shapes_that_do_not_fit(
-    k: jax.Array, v: jax.Array, words: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_calls_that_make_no_sense(
+    arrays: Any,
+    options: dict[str, Any],
+    words: str,
+    implementation: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ShapeError, match=words):
-        attention(ONES, k, v, scale=1.0)
+        attention(*arrays, scale=1.0, **options, implementation=implementation)
 
 
 def test_names_of_implementations(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(KernelUnsupported, match="attention has no implementation 'pallas'"):
-        attention(ONES, ONES, ONES, scale=1.0, implementation="pallas")
+    with pytest.raises(KernelUnsupported, match="attention cannot run implementation 'cudnn'"):
+        attention(ONES, ONES, ONES, scale=1.0, implementation="cudnn")
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(UnknownName, match=r"Unknown implementation 'xlaa'\. Did you mean xla"):
         attention(ONES, ONES, ONES, scale=1.0, implementation="xlaa")
+
+
+def test_auto_on_a_cpu_says_what_it_takes():
+    choice = explain("attention", ONES, ONES, ONES, scale=1.0)
+    assert choice.implementation == "xla"
+    assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]

@@ -1,0 +1,221 @@
+"""Attention in plain JAX tile by tile: memory grows with T and S, not with their product."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmem.ops.attention_terms import Extras, Places, Rule, kept
+from jaxmem.ops.attention_xla import (
+    Gradients,
+    Read,
+    Tile,
+    TileGradients,
+    delta_of,
+    logits_of,
+    over_keys,
+    per_query,
+    tile_gradients,
+    with_scale,
+)
+from pallas_kernels.attention import Decay, needed_blocks
+from pallas_kernels.attention import Places as KernelPlaces
+
+CPU_BLOCKS = (64, 128)
+"""Queries and keys of a tile on a CPU, in rows of up to 512 tokens and in longer ones."""
+GPU_BLOCK = 512
+"""Queries and keys of a tile elsewhere."""
+_FAR = 2**30
+
+
+def block_of(length: int) -> int:
+    """Return how many queries (or keys) of this many a tile holds."""
+    if jax.default_backend() != "cpu":
+        return min(length, GPU_BLOCK)
+    return min(length, CPU_BLOCKS[length > 512])
+
+
+def forward(rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras) -> Read:
+    """Walk over tiles with a running softmax; memory grows with T and S, not with their product.
+
+    Tiles without a visible pair are left out. The tiles are not differentiated (that would keep
+    their weights): see `backward`.
+    """
+    rows = _Rows.of(rule, q, k, v, extras)
+    batch, length, heads, _ = q.shape
+    wide = scale.dtype
+
+    def one(n: Array) -> Read:
+        def visit(carry: tuple[Array, Array, Array], m: Array) -> tuple[tuple, None]:
+            def update(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                return _update(rule, rows.tile(n, m), scale, extras.seed, carry)
+
+            return lax.cond(rows.needed[n, m], update, lambda same: same, carry), None
+
+        start = (
+            jnp.full((batch, heads, rows.block_q), -jnp.inf, wide),
+            jnp.zeros((batch, heads, rows.block_q), wide),
+            jnp.zeros((batch, rows.block_q, heads, v.shape[-1]), wide),
+        )
+        (top, total, acc), _ = lax.scan(visit, start, jnp.arange(rows.needed.shape[1]))
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        y = (acc / per_query(total)).astype(v.dtype)
+        return Read(y, jnp.where(empty, -jnp.inf, top + jnp.log(total)))
+
+    y, lse = lax.map(one, jnp.arange(rows.needed.shape[0]))
+    return Read(_joined(y, 1)[:, :length], _joined(lse, 2)[:, :, :length])
+
+
+def _update(
+    rule: Rule,
+    tile: Tile,
+    scale: Array,
+    seed: Array | None,
+    carry: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+    """Add a tile to the running maximum, sum and read."""
+    top, total, acc = carry
+    logits = logits_of(rule, tile, scale)
+    new_top = lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
+    base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    fade = jnp.exp(top - base)
+    weights = jnp.exp(logits - base[..., None])
+    total = total * fade + jnp.sum(weights, axis=-1)
+    if seed is not None:
+        weights = weights * kept(rule, seed, tile.dropout_rows, tile.keys)
+    return new_top, total, acc * per_query(fade) + over_keys(rule, weights, tile.v, scale)
+
+
+def backward(
+    rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras, read: Read, grad: Read
+) -> Gradients:
+    """Walk over the tiles once more; each gives its share of all gradients."""
+    rows = _Rows.of(rule, q, k, v, extras)
+    block = rows.block_q
+    lse = jnp.where(read.lse == -jnp.inf, 0.0, read.lse)
+    lse, delta = (_padded(a, 2, block) for a in (lse, delta_of(read, grad)))
+    grads = _padded(grad.y, 1, block)
+
+    def share_of(n: Array, m: Array) -> TileGradients:
+        def some() -> TileGradients:
+            tile = rows.tile(n, m)
+            weights = jnp.exp(logits_of(rule, tile, scale) - _cut(lse, 2, n, block)[..., None])
+            of_tile = _cut(grads, 1, n, block), _cut(delta, 2, n, block)
+            return tile_gradients(rule, tile, scale, extras.seed, weights, *of_tile)
+
+        def none() -> TileGradients:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(some))
+
+        return lax.cond(rows.needed[n, m], some, none)
+
+    def of_keys(dq: Array, m: Array) -> tuple[Array, tuple[Array, ...]]:
+        def visit(carry: tuple[Array, ...], n: Array) -> tuple[tuple[Array, ...], None]:
+            dq, *sums = carry
+            of_q, *rest = share_of(n, m)
+            of_q = _cut(dq, 1, n, block) + of_q
+            dq = lax.dynamic_update_slice_in_dim(dq, of_q, n * block, axis=1)
+            return (dq, *(a + b for a, b in zip(sums, rest, strict=True))), None
+
+        zeros = [jnp.zeros(a.shape, a.dtype) for a in jax.eval_shape(share_of, m, m)[1:]]
+        (dq, *sums), _ = lax.scan(visit, (dq, *zeros), jnp.arange(rows.needed.shape[0]))
+        return dq, tuple(sums)
+
+    dq = jnp.zeros(rows.q.shape, scale.dtype)
+    dq, (dk, dv, forget) = lax.scan(of_keys, dq, jnp.arange(rows.needed.shape[1]))
+    keys = k.shape[1]
+    dq, of_scale = with_scale(dq[:, : q.shape[1]], q, scale)
+    return Gradients(
+        dq,
+        _joined(dk, 1)[:, :keys],
+        _joined(dv, 1)[:, :keys],
+        of_scale,
+        None if extras.decay is None else _joined(forget, 2)[:, :, :keys],
+    )
+
+
+class _Rows(NamedTuple):
+    """A call cut into blocks; arrays are padded to whole ones."""
+
+    q: Array
+    k: Array
+    v: Array
+    places: Places | None
+    decay: Decay | None
+    needed: Array
+    """Which pairs of blocks may hold a visible pair, bool [N_q N_k]."""
+    length: int
+    """Queries before padding."""
+    block_q: int
+    block_k: int
+
+    @classmethod
+    def of(cls, rule: Rule, q: Array, k: Array, v: Array, extras: Extras) -> "_Rows":
+        """Cut a call into blocks."""
+        length, keys = q.shape[1], k.shape[1]
+        block_q, block_k = block_of(length), block_of(keys)
+        places, decay = extras.places, extras.decay
+        stand = places
+        if stand is None:
+            index = jnp.arange(length)[None], jnp.arange(keys)[None]
+            stand = Places(*index, *(jnp.ones_like(a) for a in index))
+        needed = needed_blocks(KernelPlaces(*stand), rule.lag, rule.window, block_q, block_k)
+        if places is not None:
+            blocks = (block_q, block_k, block_q, block_k)
+            places = Places(*(_padded(a, 1, b) for a, b in zip(places, blocks, strict=True)))
+        if decay is not None:
+            blocks = (block_q, block_q, block_k, block_k)
+            decay = Decay(*(_padded(a, 2, b) for a, b in zip(decay, blocks, strict=True)))
+        q, k, v = _padded(q, 1, block_q), _padded(k, 1, block_k), _padded(v, 1, block_k)
+        needed = jnp.any(needed, axis=0)
+        return cls(q, k, v, places, decay, needed, length, block_q, block_k)
+
+    def tile(self, n: Array, m: Array) -> Tile:
+        """Return query block n against key block m."""
+        batch, _, heads, _ = self.q.shape
+
+        def of_q(a: Array, axis: int) -> Array:
+            return _cut(a, axis, n, self.block_q)
+
+        def of_k(a: Array, axis: int) -> Array:
+            return _cut(a, axis, m, self.block_k)
+
+        places, decay = self.places, self.decay
+        if places is not None:
+            cuts = (of_q, of_k, of_q, of_k)
+            places = Places(*(cut(a, 1) for cut, a in zip(cuts, places, strict=True)))
+        if decay is not None:
+            cuts = (of_q, of_q, of_k, of_k)
+            decay = Decay(*(cut(a, 2) for cut, a in zip(cuts, decay, strict=True)))
+        queries = n * self.block_q + jnp.arange(self.block_q)
+        keys = m * self.block_k + jnp.arange(self.block_k)
+        heads_of_rows = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+        return Tile(
+            of_q(self.q, 1),
+            of_k(self.k, 1),
+            of_k(self.v, 1),
+            places,
+            decay,
+            # A padded query must see nothing: the sum of gates at it is not one.
+            jnp.where(queries < self.length, queries, -_FAR),
+            keys,
+            heads_of_rows * self.length + queries[:, None],
+        )
+
+
+def _cut(array: Array, axis: int, number: Array, block: int) -> Array:
+    return lax.dynamic_slice_in_dim(array, number * block, block, axis)
+
+
+def _padded(array: Array, axis: int, block: int) -> Array:
+    """Pad an axis with zeros to whole blocks."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, -array.shape[axis] % block)
+    return jnp.pad(array, widths)
+
+
+def _joined(blocks: Array, axis: int) -> Array:
+    """Merge the leading axis of blocks [N ...] into the axis that they were cut from."""
+    blocks = jnp.moveaxis(blocks, 0, axis)
+    return blocks.reshape(*blocks.shape[:axis], -1, *blocks.shape[axis + 2 :])

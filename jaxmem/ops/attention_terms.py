@@ -1,0 +1,109 @@
+"""What the forms of attention share: places, dropout, forget gates and the rule of visibility."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from jaxmem.shapes import Key, SegmentIds
+from pallas_kernels import _dropout
+from pallas_kernels._compat import Precision
+from pallas_kernels.attention import Decay
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand, when that is not simply their index in one row."""
+
+    query: SegmentIds
+    key: Int[Array, "B S"]
+    query_segment: SegmentIds
+    key_segment: Int[Array, "B S"]
+    """Document of each key; 0 is padding or an unused cache slot and is never visible."""
+
+
+class Dropout(NamedTuple):
+    """Drop attention weights with probability `rate`, scaling the rest by 1 / (1 - rate)."""
+
+    rate: float
+    key: Key
+
+
+class Rule(NamedTuple):
+    """The static part of a call."""
+
+    lag: int
+    window: int | None
+    rate: float
+    """Probability of dropping a weight."""
+    precision: Precision | None
+
+
+class Extras(NamedTuple):
+    """Arrays that a call may have besides queries, keys, values and scales."""
+
+    places: Places | None
+    decay: Decay | None
+    seed: Array | None
+    """Words of the dropout's seed [2]; None without dropout."""
+
+
+def cumulative(log_forget: Array) -> tuple[Array, Array]:
+    """Return the cumulative sum over axis 1 as two numbers that add up to it, [B T H] each.
+
+    The first is a sum of multiples of a power of two so coarse that it is exact in any order; the
+    second sums what is left. A plain sum over a long row loses the digits that the difference of
+    two near tokens needs. The gradient flows through the first.
+    """
+    return _cumulative(log_forget)
+
+
+@jax.custom_vjp
+def _cumulative(log_forget: Array) -> tuple[Array, Array]:
+    digits = jnp.finfo(log_forget.dtype).nmant - 1
+    total = jnp.sum(jnp.abs(log_forget), axis=1, keepdims=True)
+    _, exponent = jnp.frexp(total)
+    unit = jnp.ldexp(jnp.ones_like(total), exponent - digits)
+    coarse = jnp.round(log_forget / unit) * unit
+    return jnp.cumsum(coarse, axis=1), jnp.cumsum(log_forget - coarse, axis=1)
+
+
+def _cumulative_forward(log_forget: Array) -> tuple[tuple[Array, Array], None]:
+    return _cumulative(log_forget), None
+
+
+def _cumulative_backward(_: None, grads: tuple[Array, Array]) -> tuple[Array]:
+    return (jax.lax.cumsum(grads[0], axis=1, reverse=True),)
+
+
+_cumulative.defvjp(_cumulative_forward, _cumulative_backward)
+
+
+def visible(rule: Rule, places: Places | None, queries: Array, keys: Array) -> Array:
+    """Return which queries see which keys, [1|B T S].
+
+    Without `places` they stand at their indices `queries` [T] and `keys` [S].
+    """
+    if places is None:
+        return _near_enough(rule, queries[None, :, None], keys[None, None, :])
+    seen = _near_enough(rule, places.query[:, :, None], places.key[:, None, :])
+    same = places.query_segment[:, :, None] == places.key_segment[:, None, :]
+    return seen & same & (places.key_segment != 0)[:, None, :]
+
+
+def _near_enough(rule: Rule, query: Array, key: Array) -> Array:
+    seen = key + rule.lag <= query
+    return seen if rule.window is None else seen & (query - key < rule.window)
+
+
+def kept(rule: Rule, seed: Array, row: Array, keys: Array) -> Array:
+    """Return the dropout factors of weights: 1 / (1 - rate) where kept, 0 where dropped.
+
+    Args:
+      rule: holds the rate.
+      seed: words of the seed.
+      row: (row · H + head) · T + query, broadcast against `keys`.
+      keys: indices of the keys.
+    """
+    return _dropout.kept(seed[0], seed[1], row, keys.astype(jnp.int32), rule.rate)

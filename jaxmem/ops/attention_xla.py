@@ -1,0 +1,257 @@
+"""Attention in plain JAX: the mathematics of a tile, and all weights at once for short rows.
+
+`attention_blocked` takes long rows tile by tile.
+
+Arrays are [B T H K]; the H query heads are G groups of R that share a key/value head.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, visible
+from pallas_kernels.attention import Decay
+
+SHORT = 128
+"""Tokens up to which a CPU takes all weights of a row at once: longer ones fit its caches in tiles.
+
+Measured at 12 rows, 4 heads of 32, float32: 11.6 against 11.5 ms forward and backward with 128
+tokens, 48.8 against 36.6 ms with 256.
+"""
+WEIGHTS_LIMIT = 256 * 2**20
+"""Bytes of the weights (B, H, T, S) up to which a GPU takes them all at once."""
+
+
+class Read(NamedTuple):
+    """What attention returns."""
+
+    y: Array
+    """[B T H V] in the dtype of the values."""
+    lse: Array
+    """Logarithm of the softmax's denominator [B H T], -inf where nothing is visible."""
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call."""
+
+    q: Array
+    k: Array
+    v: Array
+    scale: Array
+    forget: Array | None
+    """Of the gates' sum F at the keys [B H S]; at the queries it is the cotangent of lse."""
+
+
+def fits_at_once(q: Array, k: Array) -> bool:
+    """Return whether all weights are computed at once and kept, rather than tile by tile.
+
+    That is so where they are no more than the keys (T <= K, as in decoding), for short rows
+    (T S <= `SHORT`²), and on a GPU, where tiles cost launches, up to `WEIGHTS_LIMIT`.
+    """
+    batch, queries, heads, width = q.shape
+    keys = k.shape[1]
+    if queries <= width or queries * keys <= SHORT**2:
+        return True
+    itemsize = jnp.promote_types(q.dtype, jnp.float32).itemsize
+    small = batch * heads * queries * keys * itemsize <= WEIGHTS_LIMIT
+    return small and jax.default_backend() != "cpu"
+
+
+class Tile(NamedTuple):
+    """Queries and keys with all that belongs to them."""
+
+    q: Array
+    k: Array
+    v: Array
+    places: Places | None
+    decay: Decay | None
+    queries: Array
+    """Indices [t]."""
+    keys: Array
+    """Indices [s]."""
+    dropout_rows: Array
+    """[B H t 1]"""
+
+
+def _whole(q: Array, k: Array, v: Array, extras: Extras) -> Tile:
+    """Return the tile of all queries and keys."""
+    batch, length, heads, _ = q.shape
+    rows = jnp.arange(batch * heads * length, dtype=jnp.int32).reshape(batch, heads, length, 1)
+    index = jnp.arange(length), jnp.arange(k.shape[1])
+    return Tile(q, k, v, extras.places, extras.decay, *index, rows)
+
+
+def logits_of(rule: Rule, tile: Tile, scale: Array) -> Array:
+    """Return the logits [B H t s], -inf where a key is not visible."""
+    logits = _dots(rule, tile.q, tile.k, scale) * scale[:, None, None]
+    if tile.decay is not None:
+        query, query_rest, key, key_rest = tile.decay
+        logits = logits + (query[..., None] - key[..., None, :])
+        logits = logits + (query_rest[..., None] - key_rest[..., None, :])
+    seen = visible(rule, tile.places, tile.queries, tile.keys)
+    return jnp.where(seen[:, None], logits, -jnp.inf)
+
+
+class TileGradients(NamedTuple):
+    """What one tile adds to the gradients."""
+
+    q: Array
+    """Without the factor `scale`."""
+    k: Array
+    v: Array
+    forget: Array
+
+
+def tile_gradients(
+    rule: Rule,
+    tile: Tile,
+    scale: Array,
+    seed: Array | None,
+    weights: Array,
+    grad: Array,
+    delta: Array,
+) -> TileGradients:
+    """Return a tile's gradients in float32 or wider.
+
+    Args:
+      rule: the static part of the call.
+      tile: queries and keys.
+      scale: factor of the logits.
+      seed: of the dropout.
+      weights: p, with any factor per query that `grad` and `delta` are divided by [B H t s].
+      grad: cotangent of y [B t H V].
+      delta: <grad, y> less the cotangent of the log-sum-exp [B H t].
+    """
+    grad = grad.astype(tile.v.dtype)
+    grads, read = _dots(rule, grad, tile.v, scale), weights
+    if seed is not None:
+        factor = kept(rule, seed, tile.dropout_rows, tile.keys)
+        grads, read = grads * factor, weights * factor
+    logit = weights * (grads - delta[..., None])
+    scaled = (tile.q * scale[:, None]).astype(tile.q.dtype)
+    return TileGradients(
+        over_keys(rule, logit, tile.k, scale),
+        _over_queries(rule, logit, scaled, tile.k.shape[2], scale),
+        _over_queries(rule, read, grad, tile.v.shape[2], scale),
+        -jnp.sum(logit, axis=2),
+    )
+
+
+class _Kept(NamedTuple):
+    """Residuals of the form that keeps the weights: on a CPU they are dearer to compute again."""
+
+    q: Array
+    k: Array
+    v: Array
+    scale: Array
+    extras: Extras
+    weights: Array
+    """exp(logit - max) [B H T S]."""
+    total: Array
+    """Their sum [B H T], 1 where it would be 0."""
+    read: Read
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def at_once(rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras) -> Read:
+    """Compute all weights at once, dividing by their sum after the product with the values.
+
+    Dividing the (T, V) result rather than the (T, S) weights saves two passes over the largest
+    array.
+    """
+    return _at_once_forward(rule, q, k, v, scale, extras)[0]
+
+
+def _at_once_forward(
+    rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras
+) -> tuple[Read, _Kept]:
+    tile = _whole(q, k, v, extras)
+    logits = logits_of(rule, tile, scale)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # A row without visible keys has top = -inf; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
+    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    read = weights
+    if extras.seed is not None:
+        read = weights * kept(rule, extras.seed, tile.dropout_rows, tile.keys)
+    y = over_keys(rule, read, v, scale) / per_query(total)
+    lse = jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(total))
+    result = Read(y.astype(v.dtype), lse)
+    return result, _Kept(q, k, v, scale, extras, weights, total, result)
+
+
+def _at_once_backward(rule: Rule, saved: _Kept, grad: Read) -> tuple:
+    q, k, v, scale, extras, weights, total, read = saved
+    wide = grad.y.astype(scale.dtype) / per_query(total)
+    delta = delta_of(read, Read(wide, grad.lse / total))
+    tile = tile_gradients(rule, _whole(q, k, v, extras), scale, extras.seed, weights, wide, delta)
+    forget = None if extras.decay is None else tile.forget
+    dq, of_scale = with_scale(tile.q, q, scale)
+    grads = Gradients(dq, tile.k, tile.v, of_scale, forget)
+    return cotangents(grads, q, k, v, read, grad)
+
+
+def cotangents(grads: Gradients, q: Array, k: Array, v: Array, read: Read, grad: Read) -> tuple:
+    """Return what a `custom_vjp` of (q, k, v, scale, extras) returns."""
+    decay = None
+    if grads.forget is not None:
+        at_queries = jnp.where(read.lse == -jnp.inf, 0.0, grad.lse)
+        decay = Decay(
+            at_queries, jnp.zeros_like(at_queries), grads.forget, jnp.zeros_like(grads.forget)
+        )
+    dq, dk, dv = grads.q.astype(q.dtype), grads.k.astype(k.dtype), grads.v.astype(v.dtype)
+    return dq, dk, dv, grads.scale, Extras(None, decay, None)
+
+
+at_once.defvjp(_at_once_forward, _at_once_backward)
+
+
+def delta_of(read: Read, grad: Read) -> Array:
+    """Return <grad, y> less the cotangent of lse [B H T], what the softmax takes from ds."""
+    along = jnp.sum(grad.y.astype(grad.lse.dtype) * read.y.astype(grad.lse.dtype), axis=-1)
+    return jnp.moveaxis(along, 2, 1) - jnp.where(read.lse == -jnp.inf, 0.0, grad.lse)
+
+
+def with_scale(dq: Array, q: Array, scale: Array) -> tuple[Array, Array]:
+    """Return the gradients of queries and scale, given that of the queries without its factor."""
+    return dq * scale[:, None], jnp.einsum("bthk,bthk->h", dq, q.astype(dq.dtype))
+
+
+def per_query(values: Array) -> Array:
+    """Broadcast [B H T] along the values, [B T H 1]."""
+    return jnp.moveaxis(values, 1, 2)[..., None]
+
+
+def _dots(rule: Rule, q: Array, k: Array, scale: Array) -> Array:
+    """Return q·k of every pair [B H T S], in the dtype of `scale`."""
+    batch, length, heads, width = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, width)
+    dots = _product("btgrk,bsgk->bgrts", grouped, k, scale, rule)
+    return dots.reshape(batch, heads, length, -1)
+
+
+def over_keys(rule: Rule, weights: Array, v: Array, scale: Array) -> Array:
+    """Return Σ_s weights v [B T H V]."""
+    batch, heads, length, keys = weights.shape
+    grouped = weights.reshape(batch, v.shape[2], -1, length, keys).astype(v.dtype)
+    read = _product("bgrts,bsgv->btgrv", grouped, v, scale, rule)
+    return read.reshape(batch, length, heads, -1)
+
+
+def _over_queries(rule: Rule, weights: Array, x: Array, groups: int, scale: Array) -> Array:
+    """Return Σ_t weights x, summed over the heads of each group [B S G V]."""
+    batch, heads, length, keys = weights.shape
+    share = heads // groups
+    weights = weights.reshape(batch, groups, share, length, keys).astype(x.dtype)
+    grouped = x.reshape(batch, length, groups, share, -1)
+    return _product("bgrts,btgrv->bsgv", weights, grouped, scale, rule)
+
+
+def _product(formula: str, a: Array, b: Array, scale: Array, rule: Rule) -> Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=scale.dtype, precision=rule.precision)

@@ -1,0 +1,335 @@
+"""Backward kernels of attention: weights are computed again from the saved log-sum-exp.
+
+With p the weights, c the dropout factors, g the cotangent of y, and Δ_i = <g_i, y_i> less the
+cotangent of lse_i: ds = p (c <g, v> - Δ), dq = scale Σ_j ds k, dk = scale Σ_i ds q,
+dv = Σ_i p c g, and the gradient of the gates' sum F at a key is -Σ_i ds.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels._compat import Precision, launch, pl, store
+from pallas_kernels._launch import power_of_two
+from pallas_kernels.attention._tiles import (
+    LOG2_E,
+    Bounds,
+    Call,
+    Decay,
+    Keys,
+    Places,
+    Queries,
+    block_bounds,
+    by_group,
+    by_head,
+    call_of,
+    decayed,
+    input_specs,
+    kept,
+    key_blocks,
+    keys_of,
+    logits,
+    product,
+    queries_of,
+    query_blocks,
+    tile,
+    vector,
+    visible,
+    walk,
+)
+from pallas_kernels.attention.launch import AttentionLaunch
+
+
+def queries_gradient(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    places: Places | None,
+    decay: Decay | None,
+    seed: Array | None,
+    lse: Array,
+    grad: Array,
+    delta: Array,
+    *,
+    lag: int,
+    window: int | None,
+    rate: float,
+    precision: Precision | None,
+    config: AttentionLaunch,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Return the gradients of the queries and of the scale.
+
+    Grid (T / backward_q, H, B); a program owns backward_q queries of one head and walks over the
+    key blocks that these see, as in the forward pass. Accumulation in float32. Shared memory:
+    `launch.shared_bytes`. FLOPs 2 (2 K + V) per visible pair; bytes of q, k, v, g and dq.
+
+    Args:
+      q: queries [B T H K]; what is not said here is as in `forward`.
+      k: keys [B S G K].
+      v: values [B S G V].
+      scale: factor of the logits [H].
+      places: where queries and keys stand.
+      decay: cumulative log forget gates.
+      seed: words of the dropout's seed.
+      lse: logarithms of the denominators [B H T], float32.
+      grad: cotangent of y [B T H V], of the values' dtype.
+      delta: Δ [B H T], float32.
+      lag: a key is visible from this many places after it on.
+      window: to fewer than this many places after it.
+      rate: probability of dropping a weight.
+      precision: of float32 products.
+      config: tiles.
+      interpret: evaluate with plain JAX instead of a GPU.
+
+    Returns:
+      dq [B T H K] in the queries' dtype, and <q, dq> / scale of every query [B H T], float32, whose
+      sum over rows and queries is the gradient of the scale.
+    """
+    tiles = (config.backward_q, config.backward_k)
+    call = call_of(q, k, v, tiles, lag, window, rate, precision, interpret)
+    bounds = None if places is None else block_bounds(call, places, axis=2)
+    spec, blocks = functools.partial(by_head, call), -(-call.queries // call.block_q)
+    block_dq = (None, call.block_q, None, power_of_two(call.width))
+    return launch(
+        functools.partial(_queries_kernel, call=call),
+        name="attention_queries_gradient",
+        grid=(blocks, call.heads, q.shape[0]),
+        in_specs=[
+            *input_specs(spec, scale, q, k, v, places, bounds, decay, seed),
+            spec(lse, "bht"),
+            spec(grad, "bthd"),
+            spec(delta, "bht"),
+        ],
+        out_specs=[
+            pl.BlockSpec(block_dq, lambda i, h, b: (b, blocks - 1 - i, h, 0)),
+            pl.BlockSpec((None, None, call.block_q), lambda i, h, b: (b, h, blocks - 1 - i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(lse.shape, jnp.float32),
+        ],
+        num_warps=config.backward_warps,
+        num_stages=config.backward_stages,
+        interpret=interpret,
+    )(scale, q, k, v, places, bounds, decay, seed, lse, grad, delta)
+
+
+def keys_gradient(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    places: Places | None,
+    decay: Decay | None,
+    seed: Array | None,
+    lse: Array,
+    grad: Array,
+    delta: Array,
+    *,
+    lag: int,
+    window: int | None,
+    rate: float,
+    precision: Precision | None,
+    config: AttentionLaunch,
+    interpret: bool,
+) -> tuple[Array, Array, Array | None]:
+    """Return the gradients of the keys, of the values and of the gates' sum at the keys.
+
+    Grid (S / backward_k, G, B); a program owns backward_k keys of one key/value head and walks,
+    for each query head that shares it, over the query blocks that see them. Accumulation in
+    float32. Shared memory: `launch.shared_bytes`. FLOPs 2 (2 K + 2 V) per visible pair; bytes of
+    q, k, v, g, dk and dv.
+
+    Arguments as in `queries_gradient`.
+
+    Returns:
+      dk [B S G K] and dv [B S G V] in the dtypes of keys and values, and -Σ_i ds [B H S], float32;
+      None without `decay`.
+    """
+    tiles = (config.backward_q, config.backward_k)
+    call = call_of(q, k, v, tiles, lag, window, rate, precision, interpret)
+    bounds = None if places is None else block_bounds(call, places, axis=1)
+    spec = functools.partial(by_group, call)
+    key_sums = None
+    if decay is not None:
+        key_sums = jax.ShapeDtypeStruct((q.shape[0], call.heads, call.keys), jnp.float32)
+    owned = [(None, call.block_k, None, power_of_two(a.shape[3])) for a in (k, v)]
+    return launch(
+        functools.partial(_keys_kernel, call=call),
+        name="attention_keys_gradient",
+        grid=(-(-call.keys // call.block_k), call.groups, q.shape[0]),
+        in_specs=[
+            *input_specs(spec, scale, q, k, v, places, bounds, decay, seed),
+            spec(lse, "bht"),
+            spec(grad, "bthd"),
+            spec(delta, "bht"),
+        ],
+        out_specs=[
+            *(pl.BlockSpec(shape, lambda i, g, b: (b, i, g, 0)) for shape in owned),
+            jax.tree.map(lambda a: spec(a, "bht"), key_sums),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            key_sums,
+        ],
+        num_warps=config.backward_warps,
+        num_stages=config.backward_stages,
+        interpret=interpret,
+    )(scale, q, k, v, places, bounds, decay, seed, lse, grad, delta)
+
+
+class _Gradients(NamedTuple):
+    """Of a tile: the weights that read values, and the gradient of the logits, float32."""
+
+    read: Array
+    logit: Array
+
+
+def _tile_gradients(
+    weights: Array, seen: Array | None, grads: Array, factor: Array | None, delta: Array
+) -> _Gradients:
+    # A pair that is not visible may have any logit, whose exponential may be infinite.
+    weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+    read = weights
+    if factor is not None:
+        grads, read = grads * factor, weights * factor
+    return _Gradients(read, weights * (grads - delta))
+
+
+def _finite(lse: Array) -> Array:
+    """Return the log-sum-exp in units of log 2, and 0 where nothing is visible."""
+    return jnp.where(lse == -jnp.inf, 0.0, lse) * LOG2_E
+
+
+def _queries_kernel(
+    scale_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    places: Places | None,
+    bounds: Bounds | None,
+    decay: Decay | None,
+    seed_ref: Any,
+    lse_ref: Any,
+    grad_ref: Any,
+    delta_ref: Any,
+    dq_ref: Any,
+    along_ref: Any,
+    *,
+    call: Call,
+) -> None:
+    number, head, row = (pl.program_id(axis) for axis in range(3))
+    block = pl.num_programs(0) - 1 - number
+    start = block * call.block_q
+    scale = scale_ref[head]
+    q = tile(q_ref, start, call.block_q, call.queries, call.width)
+    grad = tile(grad_ref, start, call.block_q, call.queries, call.value_width)
+    lse = _finite(vector(lse_ref, start, call.block_q, call.queries))
+    delta = vector(delta_ref, start, call.block_q, call.queries)
+    queries: Queries = queries_of(call, start, places, axis=0)
+
+    def visit(n: Array, acc: Array, masked: bool) -> Array:
+        at = n * call.block_k
+        k = tile(k_ref, at, call.block_k, call.keys, call.width)
+        v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
+        keys = keys_of(call, at, places, axis=1)
+        logit = logits(call, q, k, scale)
+        logit = decayed(call, decay, logit, None, start, at, axis=0)
+        grads = _tile_gradients(
+            jnp.exp2(logit - lse[:, None]),
+            visible(call, queries, keys) if masked else None,
+            product(call, grad, v, tb=True),
+            kept(call, seed_ref, row, head, queries, keys),
+            delta[:, None],
+        )
+        return acc + product(call, grads.logit.astype(k.dtype), k)
+
+    zeros = jnp.zeros((call.block_q, q_ref.shape[-1]), jnp.float32)
+    acc = walk(key_blocks(call, block, bounds), visit, zeros)
+    inside = start + lax.iota(jnp.int32, call.block_q) < call.queries
+    columns = lax.iota(jnp.int32, q_ref.shape[-1]) < call.width
+    store(dq_ref.at[:, :], acc * scale, inside[:, None] & columns[None, :])
+    store(along_ref.at[:], jnp.sum(q.astype(jnp.float32) * acc, axis=1), inside)
+
+
+def _keys_kernel(
+    scale_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    places: Places | None,
+    bounds: Bounds | None,
+    decay: Decay | None,
+    seed_ref: Any,
+    lse_ref: Any,
+    grad_ref: Any,
+    delta_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    sums_ref: Any,
+    *,
+    call: Call,
+) -> None:
+    """Hold tiles with keys along axis 0, so that no product needs a transposed result."""
+    block, group, row = (pl.program_id(axis) for axis in range(3))
+    start = block * call.block_k
+    share = call.heads // call.groups
+    k = tile(k_ref, start, call.block_k, call.keys, call.width)
+    v = tile(v_ref, start, call.block_k, call.keys, call.value_width)
+    keys: Keys = keys_of(call, start, places, axis=0)
+    inside = start + lax.iota(jnp.int32, call.block_k) < call.keys
+
+    def read_by(member: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        head = group * share + member
+        scale = scale_ref[head]
+
+        def visit(n: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple:
+            dk, dv, sums = carry
+            at = n * call.block_q
+            q = tile(q_ref, at, call.block_q, call.queries, call.width, member)
+            grad = tile(grad_ref, at, call.block_q, call.queries, call.value_width, member)
+            lse = _finite(vector(lse_ref, at, call.block_q, call.queries, member))
+            delta = vector(delta_ref, at, call.block_q, call.queries, member)
+            queries = queries_of(call, at, places, axis=1)
+            logit = logits(call, k, q, scale)
+            logit = decayed(call, decay, logit, member, at, start, axis=1)
+            grads = _tile_gradients(
+                jnp.exp2(logit - lse[None, :]),
+                visible(call, queries, keys) if masked else None,
+                product(call, v, grad, tb=True),
+                kept(call, seed_ref, row, head, queries, keys),
+                delta[None, :],
+            )
+            if decay is not None:
+                sums = sums - jnp.sum(grads.logit, axis=1)
+            logit_grad = grads.logit if share == 1 else grads.logit * scale
+            return (
+                dk + product(call, logit_grad.astype(q.dtype), q),
+                dv + product(call, grads.read.astype(grad.dtype), grad),
+                sums,
+            )
+
+        sums = jnp.zeros((call.block_k,), jnp.float32)
+        dk, dv, sums = walk(query_blocks(call, block, bounds), visit, (*carry, sums))
+        if decay is not None:
+            store(sums_ref.at[member, pl.ds(start, call.block_k)], sums, inside)
+        return dk, dv
+
+    zeros = (
+        jnp.zeros((call.block_k, k_ref.shape[-1]), jnp.float32),
+        jnp.zeros((call.block_k, v_ref.shape[-1]), jnp.float32),
+    )
+    if share == 1:
+        dk, dv = read_by(jnp.int32(0), zeros)
+        dk = dk * scale_ref[group]
+    else:
+        dk, dv = lax.fori_loop(0, share, read_by, zeros)
+    for ref, value, width in ((dk_ref, dk, call.width), (dv_ref, dv, call.value_width)):
+        columns = lax.iota(jnp.int32, ref.shape[-1]) < width
+        store(ref.at[:, :], value, inside[:, None] & columns[None, :])

@@ -1,0 +1,67 @@
+"""The kernels of attention at the shapes of a table's entries."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._launch import Case, Entry
+from pallas_kernels.attention._tiles import Decay, Places
+from pallas_kernels.attention.backward import keys_gradient, queries_gradient
+from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.launch import AttentionLaunch
+
+KERNELS = {
+    "attention_forward": forward,
+    "attention_queries_gradient": queries_gradient,
+    "attention_keys_gradient": keys_gradient,
+}
+
+
+def cases(entry: Entry) -> list[Case]:
+    """Return the three kernels launched as the entry says, plain and with all that they can do.
+
+    The latter also reads values of half precision with float32 keys, as the contextual memory does.
+    """
+    return _cases(entry, "") + _cases(entry, "_full")
+
+
+def _cases(entry: Entry, suffix: str) -> list[Case]:
+    full = bool(suffix)
+    batch, length, heads = 2, entry.length, max(entry.rows // 2, 2)
+    groups = heads // 2 if full else heads
+    wide = jnp.dtype(jnp.float32)
+    dtype = jnp.dtype(entry.dtype)
+    value_dtype = jnp.dtype(jnp.bfloat16) if full and dtype == wide else dtype
+
+    def operand(*shape: int, of: Any = wide) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, of)
+
+    tokens, sums = operand(batch, length, of=jnp.dtype(jnp.int32)), operand(batch, heads, length)
+    inputs = (
+        operand(batch, length, heads, entry.width, of=dtype),
+        operand(batch, length, groups, entry.width, of=dtype),
+        operand(batch, length, groups, entry.width, of=value_dtype),
+        operand(heads),
+        Places(tokens, tokens, tokens, tokens) if full else None,
+        Decay(sums, sums, sums, sums) if full else None,
+        operand(2, of=jnp.dtype(jnp.uint32)) if full else None,
+    )
+    grad = operand(batch, length, heads, entry.width, of=value_dtype)
+    options = {
+        "lag": 1 if full else 0,
+        "window": length // 2 if full else None,
+        "rate": 0.1 if full else 0.0,
+        "precision": None,
+        "config": AttentionLaunch(**entry.config),
+        "interpret": False,
+    }
+    return [
+        Case(
+            name + suffix,
+            functools.partial(kernel, **options),
+            inputs if kernel is forward else (*inputs, sums, grad, sums),
+        )
+        for name, kernel in KERNELS.items()
+    ]

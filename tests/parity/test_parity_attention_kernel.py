@@ -1,0 +1,170 @@
+"""The attention kernels, interpreted, against formulas in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.errors import KernelUnsupported
+from jaxmem.ops.attention import Dropout, Places, attention
+from pallas_kernels._compat import make_mesh
+from pallas_kernels.attention import AttentionLaunch
+from tests.helpers.attention import Size, check, direct, factors, inputs, rows_visible, run
+from tests.helpers.compare import BFLOAT16, FORWARD, Budget, assert_close
+
+TILES = AttentionLaunch(
+    block_q=16,
+    block_k=16,
+    num_warps=4,
+    num_stages=2,
+    backward_q=16,
+    backward_k=16,
+    backward_warps=4,
+    backward_stages=2,
+)
+"""Small enough that few tokens make several tiles."""
+ON_KERNELS = {"implementation": "pallas", "config": TILES}
+HALF_GRADIENT = Budget(rtol=5e-2, atol=5e-2, rms=2e-2)
+
+
+# Lengths: one, one less than a tile, a tile, one more, several and some.
+@pytest.mark.parametrize(
+    ("size", "rule"),
+    [
+        (Size(length=1), {}),
+        (Size(length=1), {"lag": 1}),  # nobody sees anything
+        (Size(length=15, width=40, value_width=80), {"lag": 1}),
+        (Size(length=16), {"window": 5}),
+        (Size(length=17, heads=4, groups=2, width=80, value_width=24), {"lag": 2}),
+        (Size(length=53, batch=1), {}),
+        (Size(length=53, batch=1), {"lag": 1, "window": 19}),
+        (Size(length=53, batch=1, heads=1, groups=1), {"lag": 20, "window": 40}),
+    ],
+    ids=str,
+)
+def test_rows(size: Size, rule: dict[str, Any]):
+    args = inputs(size)
+    check(run(args, **rule, **ON_KERNELS), direct(args, rows_visible(size, **rule)))
+
+
+def test_tiles_that_are_not_square():
+    size, rule = Size(length=53, batch=1), {"lag": 1, "window": 37}
+    tiles = AttentionLaunch(
+        block_q=32,
+        block_k=16,
+        num_warps=4,
+        num_stages=2,
+        backward_q=16,
+        backward_k=32,
+        backward_warps=4,
+        backward_stages=2,
+    )
+    args = inputs(size)
+    found = run(args, **rule, implementation="pallas", config=tiles)
+    check(found, direct(args, rows_visible(size, **rule)))
+
+
+def test_everything_at_once():
+    """Documents that end before, at and after the edge of a tile, and padding between them."""
+    size = Size(length=53, heads=4, groups=2, width=40, value_width=24)
+    segments = [[1] * 15 + [2] * 17 + [0] * 2 + [3] * 19, [0] * 3 + [7] * 13 + [4] * 17 + [5] * 20]
+    rule = {"lag": 1, "window": 12}
+    dropout = Dropout(0.3, jax.random.key(5))
+    args = inputs(size, gated=True)
+    options = {"segment_ids": jnp.asarray(segments), "dropout": dropout, **rule}
+    visible = rows_visible(size, segments=segments, **rule)
+    check(run(args, **options, **ON_KERNELS), direct(args, visible, factors(size, dropout)))
+
+
+def test_cache():
+    """Three queries over 37 slots: rows at different lengths, two documents, unused slots."""
+    size = Size(batch=3, length=3, keys=37, heads=2, groups=1)
+    key = np.tile(np.arange(37), (3, 1))
+    key_segment = np.array([[1] * 18 + [2] * 15 + [0] * 4, [1] * 37, [0] * 37])
+    query = np.array([[20, 31, 32], [5, 35, 36], [0, 1, 2]])
+    query_segment = np.array([[2, 1, 2], [1, 0, 1], [1, 1, 1]])
+    visible = (
+        (key[:, None] + 1 <= query[:, :, None])
+        & (key_segment[:, None] == query_segment[:, :, None])
+        & (key_segment[:, None] != 0)
+    )
+    places = Places(*map(jnp.asarray, (query, key, query_segment, key_segment)))
+    args = inputs(size)
+    check(run(args, lag=1, places=places, **ON_KERNELS), direct(args, visible))
+
+
+def test_extreme_gates():
+    """Gates that let nothing through, or everything, for whole tiles and single tokens."""
+    size = Size(length=37, batch=1)
+    args = inputs(size, gated=True)
+    gates = np.asarray(args.log_forget).copy()
+    gates[:, 5] = gates[:, 16] = -1e4
+    gates[:, 20:] = 0.0
+    args = args._replace(log_forget=jnp.asarray(gates))
+    check(run(args, **ON_KERNELS), direct(args, rows_visible(size)))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "forward", "gradient"),
+    [
+        ((jnp.bfloat16, jnp.bfloat16), BFLOAT16, HALF_GRADIENT),
+        ((jnp.float32, jnp.bfloat16), BFLOAT16, HALF_GRADIENT),
+        ((jnp.float16, jnp.float16), Budget(1e-2, 1e-2, 2e-3), Budget(1e-2, 1e-2, 2e-3)),
+    ],
+    ids=["bfloat16", "float32-keys", "float16"],
+)
+def test_dtypes(dtypes: Any, forward: Budget, gradient: Budget):
+    size = Size(length=21, batch=1)
+    args = inputs(size, dtypes=dtypes)
+    outputs, grads = run(args, lag=1, **ON_KERNELS)
+    assert (outputs.y.dtype, outputs.lse.dtype) == (dtypes[1], jnp.float32)
+    assert [g.dtype for g in grads[:3]] == [dtypes[0], dtypes[0], dtypes[1]]
+    check((outputs, grads), direct(args, rows_visible(size, lag=1)), forward, gradient)
+
+
+def test_transformations():
+    """Under vmap, checkpoint, scan and shard_map the kernels compute what they do alone."""
+    size = Size(batch=2, length=5, heads=1, groups=1)
+    q, k, v, scale, _ = inputs(size)
+
+    def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, scale=scale, lag=1, **ON_KERNELS)
+
+    def loss(function: Any) -> Any:
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), argnums=(0, 1, 2))
+
+    def by_rows(*args: jax.Array) -> jax.Array:
+        return jax.vmap(read)(*(a[:, None] for a in args))[:, 0]
+
+    def scanned(*args: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda _, a: (None, read(*a)), None, [a[:, None] for a in args])[1][
+            :, 0
+        ]
+
+    mesh = make_mesh((2,), ("data",), jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(read, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    forms = {
+        "plain": read,
+        "checkpoint": jax.checkpoint(read),
+        "vmap": by_rows,
+        "scan": scanned,
+        "shard_map": sharded,
+    }
+    found = jax.jit(lambda *a: {n: (f(*a), loss(f)(*a)) for n, f in forms.items()})(q, k, v)
+    plain = found.pop("plain")
+    for name, other in found.items():
+        assert_close(other, plain, FORWARD)
+        assert name in forms
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, scale, _ = inputs(Size(length=3))
+
+    def loss(q: jax.Array) -> jax.Array:
+        return jnp.sum(attention(q, k, v, scale=scale, **ON_KERNELS))
+
+    with pytest.raises(KernelUnsupported, match=r"attention .*first derivatives.*'xla'"):
+        jax.grad(lambda q: jnp.sum(jax.grad(loss)(q)))(q)

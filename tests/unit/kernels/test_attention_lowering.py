@@ -1,0 +1,88 @@
+"""The attention kernels lower for CUDA, and refuse what they cannot take."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmem.errors import KernelUnsupported
+from jaxmem.ops.attention import Dropout, attention
+from jaxmem.ops.dispatch import explain
+from pallas_kernels._compat import lower_for_cuda, stand_in_gpu
+from pallas_kernels._launch import Entry, entries, shared_limit
+from pallas_kernels.attention import AttentionLaunch, find_config, launch
+from pallas_kernels.attention.cases import cases
+from tests.helpers.lowering import kernel_names
+
+TABLE = entries("attention")
+NAMES = ["attention_forward", "attention_queries_gradient", "attention_keys_gradient"]
+
+
+def label(entry: Entry) -> str:
+    return f"{entry.dtype}-{entry.width}"
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=label)
+def test_every_entry_lowers(entry: Entry):
+    found = [
+        (case.name, kernel_names(lower_for_cuda(case.function, *case.operands)))
+        for case in cases(entry)
+    ]
+    assert found == [(name + kind, [name]) for kind in ("", "_full") for name in NAMES]
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=label)
+def test_every_entry_fits_and_is_found(entry: Entry):
+    config, width = AttentionLaunch(**entry.config), entry.width
+    assert launch.shared_bytes(config, width, width, entry.dtype, entry.dtype) <= shared_limit(None)
+    size = {"length": entry.length, "rows": entry.rows}
+    assert find_config(entry.dtype, width, width, **size) == config
+    assert find_config(entry.dtype, width - 1, width // 2, **size) == config
+
+
+def operands(width: int = 40, dtype: Any = jnp.bfloat16) -> tuple[jax.ShapeDtypeStruct, ...]:
+    shapes = ((2, 33, 4, width), (2, 33, 2, width), (2, 33, 2, 24))
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
+def test_a_step_on_a_gpu_calls_the_three_kernels(implementation: Any):
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array) -> jax.Array:
+        options = {"dropout": Dropout(0.1, key), "implementation": implementation}
+        return jnp.sum(attention(q, k, v, scale=jnp.ones(4), lag=1, **options))
+
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), *operands(), key)
+    assert kernel_names(lowered) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (operands(width=264), "head widths to 256, not 264"),
+        (operands(width=256, dtype=jnp.float32), "no launch configuration for float32 of width"),
+        (operands(dtype=jnp.int8), "kernels take bfloat16, float16, float32, not int8"),
+    ],
+    ids=["width", "float32-width", "dtype"],
+)
+def test_what_the_kernels_cannot_take(arrays: tuple[Any, ...], message: str):
+    with pytest.raises(KernelUnsupported, match=message):
+        explain("attention", *arrays, implementation="pallas")
+    with stand_in_gpu():
+        assert explain("attention", *arrays).implementation == "xla"
+
+
+def test_too_much_shared_memory_is_said_before_anything_is_compiled():
+    greedy = AttentionLaunch(
+        block_q=256,
+        block_k=256,
+        num_warps=8,
+        num_stages=4,
+        backward_q=64,
+        backward_k=64,
+        backward_warps=8,
+        backward_stages=2,
+    )
+    with pytest.raises(KernelUnsupported, match="bytes of shared memory"):
+        explain("attention", *operands(width=128), implementation="pallas", config=greedy)

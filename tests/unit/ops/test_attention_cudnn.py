@@ -1,0 +1,116 @@
+"""When attention takes cuDNN: never on trust."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmem.errors import KernelUnsupported
+from jaxmem.ops import attention_cudnn
+from jaxmem.ops.attention import Places, attention
+from jaxmem.ops.dispatch import explain
+
+PLAIN = tuple(jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.bfloat16) for _ in range(3))
+
+
+def honest(q: Any, k: Any, v: Any, *, scale: float, window: int | None) -> jax.Array:
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="xla"
+    )
+
+
+def without_window(q: Any, k: Any, v: Any, *, scale: float, window: int | None) -> jax.Array:
+    return honest(q, k, v, scale=scale, window=None)
+
+
+def broken(*_: Any, **__: Any) -> jax.Array:
+    raise RuntimeError("no plan found\nand much more")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """A process that takes itself for one with a GPU, has not probed yet, and runs XLA instead."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_cudnn, "run", honest)
+    attention_cudnn.probe.cache_clear()
+    yield
+    attention_cudnn.probe.cache_clear()
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_probe_accepts_what_agrees(windowed: bool):
+    assert attention_cudnn.probe(windowed) is None
+
+
+def test_the_probe_sees_an_ignored_window(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_cudnn, "run", without_window)
+    assert attention_cudnn.probe(False) is None
+    assert "its probe is off by" in str(attention_cudnn.probe(True))
+
+
+def test_the_probe_reports_what_fails(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_cudnn, "run", broken)
+    assert attention_cudnn.probe(False) == "its probe failed: RuntimeError: no plan found"
+
+
+def test_not_a_number_is_no_agreement(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_cudnn, "run", lambda q, k, v, **_: q * jnp.nan)
+    assert "off by inf" in str(attention_cudnn.probe(False))
+
+
+def test_the_probe_runs_once_and_inside_a_trace(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def counted(*args: Any, **options: Any) -> jax.Array:
+        calls.append(options["window"])
+        return honest(*args, **options)
+
+    monkeypatch.setattr(attention_cudnn, "run", counted)
+
+    @jax.jit
+    def traced(x: jax.Array) -> jax.Array:
+        assert attention_cudnn.probe(False) is None
+        return x
+
+    traced(1.0)
+    traced(jnp.ones(2))
+    assert calls == [None]
+
+
+def test_a_plain_call_is_taken():
+    assert explain("attention", *PLAIN, scale=0.125, implementation="cudnn").reason
+    q = jax.random.normal(jax.random.key(0), (1, 8, 2, 16), jnp.bfloat16)
+    y = attention(q, q, q, scale=0.25, window=3, implementation="cudnn")
+    expected = honest(q, q, q, scale=0.25, window=3)
+    assert jnp.array_equal(y, expected)
+
+
+def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (jax.ShapeDtypeStruct(shape, dtype),) * 3
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "reason"),
+    [
+        (PLAIN, {"lag": 1}, "it has no lag"),
+        (PLAIN, {"dropout": "some"}, "it has no dropout"),
+        (PLAIN, {"places": Places(*"abcd"), "log_forget": 1}, "it has no places, log_forget"),
+        (PLAIN, {"wants_lse": True}, "it has no log-sum-exp"),
+        (PLAIN, {"scale": jnp.ones(4)}, "one Python number"),
+        (shaped((2, 16, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
+        (shaped((2, 16, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),
+        (shaped((2, 16, 4, 136)), {}, r"a multiple of 8 to 128, not \[136\]"),
+    ],
+)
+def test_what_it_is_not_asked_for(arrays: Any, options: dict[str, Any], reason: str):
+    with pytest.raises(KernelUnsupported, match=reason):
+        explain("attention", *arrays, **{"scale": 0.125, **options}, implementation="cudnn")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    with pytest.raises(KernelUnsupported, match="no CUDA GPU here"):
+        explain("attention", *PLAIN, scale=0.125, implementation="cudnn")
+    assert explain("attention", *PLAIN, scale=0.125).implementation == "xla"
