@@ -2,7 +2,8 @@
 
 B batch, T query time, S key time, D model width, H query heads, G key/value heads, K key width per
 head, V value width per head, N chunks or cache slots, C tokens per chunk, P stored pairs of a
-persistent memory, R banks of a persistent memory, F feed-forward width, L layers, X vocabulary.
+persistent memory, R banks of a persistent memory, F feed-forward width, L layers, W weights per
+head of a weighted average (1 or V), X vocabulary.
 """
 
 from jax import Array

@@ -15,7 +15,7 @@ from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, check_dropout, dropout, weight_dropout
-from jaxmem.ops.attention import Places, attention
+from jaxmem.ops.attention import Places, attention, places_in_row
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.segments import last_real, poison_rows, spans
 from jaxmem.shapes import Activations, RowInts, SegmentIds
@@ -101,7 +101,7 @@ class Attention(Mixer):
             state, places = _store(state, k, v, ids)
             k, v = state.keys.astype(k.dtype), state.values.astype(v.dtype)
         elif segment_ids is not None:
-            places = cache.places_in_row(segment_ids)
+            places = places_in_row(segment_ids)
         read = attention(
             q,
             k,

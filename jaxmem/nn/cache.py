@@ -47,12 +47,6 @@ def continued(segment_ids: SegmentIds | None, segment: RowInts, length: int) -> 
     return jnp.broadcast_to(jnp.maximum(segment, 1)[:, None], (segment.shape[0], length))
 
 
-def places_in_row(segment_ids: SegmentIds) -> Places:
-    """Return places for packed rows that attend to themselves, which padding does not count in."""
-    place = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
-    return Places(place, place, segment_ids, segment_ids)
-
-
 def places_in_cache(segments: Int[Array, "B N"], length: RowInts, rows: Spans) -> Places:
     """Return places for tokens that attend to a cache into which they have been appended.
 

@@ -20,7 +20,14 @@ from jaxmem.ops import (
     attention_reference,
     attention_xla,
 )
-from jaxmem.ops.attention_terms import Dropout, Extras, Places, Rule, cumulative
+from jaxmem.ops.attention_terms import (
+    Dropout,
+    Extras,
+    Places,
+    Rule,
+    cumulative,
+    places_in_row,
+)
 from jaxmem.ops.attention_xla import Gradients, Read, cotangents, delta_of
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
@@ -32,7 +39,7 @@ from pallas_kernels._dropout import dropout_seed
 from pallas_kernels._interpret import interpreted
 from pallas_kernels.attention import AttentionLaunch, Decay
 
-__all__ = ["Dropout", "Places", "attention", "attention_with_lse"]
+__all__ = ["Dropout", "Places", "attention", "attention_with_lse", "places_in_row"]
 
 GroupKeys = Float[Array, "B S G K"]
 GroupValues = Float[Array, "B S G V"]
@@ -73,7 +80,8 @@ def attention(
       scale: factor of the logits, one number or one per head.
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted; None: all.
-      segment_ids: document of each token of rows that attend to themselves, 0 is padding.
+      segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
+        is not seen and does not count in distances.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, <= 0 and
@@ -179,8 +187,7 @@ def _attend(
 ) -> Read:
     _check(q, k, v, lag, window, segment_ids, places, log_forget)
     if segment_ids is not None:
-        index = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
-        places = Places(index, index, segment_ids, segment_ids)
+        places = places_in_row(segment_ids)
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
     form = resolve(

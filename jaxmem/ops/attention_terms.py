@@ -23,6 +23,12 @@ class Places(NamedTuple):
     """Document of each key; 0 is padding or an unused cache slot and is never visible."""
 
 
+def places_in_row(segment_ids: SegmentIds) -> Places:
+    """Return places for packed rows that attend to themselves, which padding does not count in."""
+    place = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    return Places(place, place, segment_ids, segment_ids)
+
+
 class Dropout(NamedTuple):
     """Drop attention weights with probability `rate`, scaling the rest by 1 / (1 - rate)."""
 

@@ -34,8 +34,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_bias": True,
         },
     ),
+    # With its defaults its long-term memory has nothing to read in so short a sequence, so this
+    # configuration stands in for the default one.
+    "contextual_memory_v2": (
+        "contextual_memory_v2",
+        {"window": 3, "min_lag": 2, "max_lag": 4},
+    ),
 }
-"""Further configurations of registered mixers, where these take other paths, by a name for each."""
+"""Configurations that take other paths than the defaults: further ones, or in place of them."""
+
+GRADIENTS = {"contextual_memory_v2": GRADIENT._replace(rms=4e-5)}
+"""Budgets of mixers that need a wider one: the gradient of a bandwidth is a sum of differences of
+nearly equal numbers, measured 1.5e-5."""
 
 
 class Case:
@@ -44,6 +54,7 @@ class Case:
     def __init__(self, name: str, **fields: Any):
         config = dataclasses.replace(config_class(name)(), chunk_size=CHUNK, **fields)
         self.supports = config.supports
+        self.gradient = GRADIENTS.get(name, GRADIENT)
         self.mixer = build(config, DIM, init=gpt2_init(1), rngs=nnx.Rngs(0))
         self.graph, start = nnx.split(self.mixer, nnx.Param)
         leaves, tree = jax.tree.flatten(start)
@@ -72,7 +83,7 @@ class Case:
         return jax.jit(lambda p, *a: run(nnx.merge(self.graph, p), *a))(self.params, *args)
 
 
-@pytest.fixture(scope="module", params=[*names(), *VARIANTS])
+@pytest.fixture(scope="module", params=sorted({*names(), *VARIANTS}))
 def case(request: pytest.FixtureRequest) -> Case:
     name, fields = VARIANTS.get(request.param, (request.param, {}))
     return Case(name, **fields)
@@ -104,7 +115,7 @@ def test_forms_agree(case: Case):
     for run in (lambda m, x: m(x, form="chunked").y, stepwise):
         y, grads = case.value_and_grads(run, case.x)
         assert_close(y, whole[0], FORWARD)
-        assert_close(grads, whole[1], GRADIENT)
+        assert_close(grads, whole[1], case.gradient)
 
 
 @pytest.mark.law("forms")
@@ -112,7 +123,7 @@ def test_implementations_agree(case: Case):
     fast = case.value_and_grads(lambda m, x: m(x, implementation="xla").y, case.x)
     plain = case.value_and_grads(lambda m, x: m(x, implementation="reference").y, case.x)
     assert_close(fast[0], plain[0], FORWARD)
-    assert_close(fast[1], plain[1], GRADIENT)
+    assert_close(fast[1], plain[1], case.gradient)
 
 
 @pytest.mark.law("splitting")
@@ -140,7 +151,7 @@ def test_splitting_is_invisible(case: Case):
     y, grads = case.value_and_grads(split, case.x)
     expected_y, expected_grads = case.value_and_grads(lambda m, x: m(x).y, case.x)
     assert_close(y, expected_y, FORWARD)
-    assert_close(grads, expected_grads, GRADIENT)
+    assert_close(grads, expected_grads, case.gradient)
 
 
 @pytest.mark.law("causality")
@@ -191,7 +202,7 @@ def test_packed_documents_equal_documents_alone(case: Case, mode: str):
     np.testing.assert_array_equal(y[:, PACKED == 0], 0.0)
     np.testing.assert_array_equal(grads[1][:, PACKED == 0], 0.0)
     assert_close(y, expected_y, FORWARD)
-    assert_close(grads, expected_grads, GRADIENT)
+    assert_close(grads, expected_grads, case.gradient)
 
 
 @pytest.mark.law("packing")

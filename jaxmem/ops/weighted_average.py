@@ -1,0 +1,269 @@
+r"""Gated weighted average: a running mean whose weights grow, decay and restart at every step.
+
+y_t = (Σ_{i<t} e^{w_{i+1} + … + w_{t-1} + k_i} v_i + e^{u + k_t} v_t) / (the same with v = 1)
+
+With constant w this is the `wkv` of RWKV-4 and the operator behind the efficient form of Memory
+Mosaics; with time-varying w, k = log g and no bonus its direction is that of the gated keys of
+Memory Mosaics v2, because the unit norm cancels the denominator.
+
+What is carried is a mean, which is bounded by the values, and the logarithm of the total weight, so
+log-weights of any size are safe.
+"""
+
+import functools
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from jaxmem.errors import ShapeError
+from jaxmem.ops.dispatch import Implementation, declare, resolve
+from jaxmem.ops.gated_scan import gated_scan
+from jaxmem.ops.norms import at_least_float32
+from jaxmem.ops.segments import spans
+from jaxmem.shapes import RowInts, SegmentIds
+from pallas_kernels import gated_scan as kernels
+from pallas_kernels._interpret import interpreted
+
+EMPTY = -1e30
+"""Log of a total weight of nothing; finite, so that no difference of two is NaN."""
+
+
+def _pallas_unmet(values: Any, **_: Any) -> str | None:
+    batch, length, heads, width = values.shape
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    flat = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
+    return kernels.unmet(flat, flat)
+
+
+declare("weighted_average", pallas=_pallas_unmet, xla=None, reference=None)
+
+
+class WeightedState(NamedTuple):
+    """What a weighted average carries from token to token, float32 or wider."""
+
+    mean: Float[Array, "B H V"]
+    """Weighted mean of the values seen."""
+    log_total: Float[Array, "B H W"]
+    """Logarithm of their total weight, `EMPTY` before any; W is 1 or V."""
+
+
+def init_weighted_state(
+    batch: int, heads: int, width: int, *, weights: int = 1, dtype: DTypeLike = jnp.float32
+) -> WeightedState:
+    """Return the state before any token; `weights` is 1, or `width` if each channel has its own."""
+    mean = jnp.zeros((batch, heads, width), dtype)
+    return WeightedState(mean, jnp.full((batch, heads, weights), EMPTY, dtype))
+
+
+def weighted_average(
+    values: Float[Array, "B T H V"],
+    log_weight: Float[Array, "B T H W"],
+    log_decay: Float[Array, "..."],
+    *,
+    bonus: Float[Array, "..."] | None = None,
+    initial_state: WeightedState | None = None,
+    segment_ids: SegmentIds | None = None,
+    initial_segment: RowInts | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "B T H V"], WeightedState]:
+    r"""Average the values so far, each with a weight that decays from step to step.
+
+    Q_t = e^{w_t} Q_{t-1} + e^{k_t},  A_t = (e^{w_t} Q_{t-1} A_{t-1} + e^{k_t} v_t) / Q_t
+    y_t = A_t                                                            without a bonus
+    y_t = (Q_{t-1} A_{t-1} + e^{u_t + k_t} v_t) / (Q_{t-1} + e^{u_t + k_t})   with one
+
+    Cost: that of a gated scan over H V channels, which takes most of it, and of one over H W log
+    totals. Kept for the backward pass: means, gates and log totals.
+
+    Args:
+      values: v, any T >= 1; their dtype is that of y.
+      log_weight: k, one per head (W = 1) or per channel (W = V), of any size.
+      log_decay: w, usually <= 0, of a shape that broadcasts to that of the log-weights, such as
+        [H 1] for a constant per head; w_t applies between steps t - 1 and t.
+      bonus: u, added to the log-weight of a token in its own output only, of such a shape too.
+        None: the own token counts as it will for later ones.
+      initial_state: means and totals carried over from earlier tokens; None is no token.
+      segment_ids: document of each token; the average starts anew with each document, and a padded
+        token (id 0) leaves it unchanged and gives 0.
+      initial_segment: document that `initial_state` belongs to; None: each row's first document.
+      implementation: `reference` is the recurrence of both sums with a running maximum; `xla` and
+        `pallas` are a gated scan over means in that form, with its gradient.
+
+    Returns:
+      y, and the state after the last token.
+
+    Raises:
+      ShapeError: T is 0, or the shapes do not fit together.
+      KernelUnsupported: the named implementation cannot run this call.
+
+    Reference: RWKV-4 (arXiv 2305.13048), eq. 16; Memory Mosaics (arXiv 2405.06394), CUDA operator
+      of the Library; gated keys of arXiv 2507.03285. Differs: the gradient of w is that of w
+      itself, where the CUDA operator returns it times w.
+    """
+    if values.shape[1] == 0:
+        raise ShapeError(f"weighted_average: values {values.shape} hold no token. Pass T >= 1.")
+    weights = _weights(values, log_weight, log_decay, bonus, initial_state)
+    form = resolve("weighted_average", implementation, values)
+    dtype = at_least_float32(values).dtype
+    v = values.astype(dtype)
+    k, w = (jnp.broadcast_to(a.astype(dtype), weights) for a in (log_weight, log_decay))
+    u = None if bonus is None else jnp.broadcast_to(bonus.astype(dtype), weights)
+    if initial_state is None:
+        batch, _, heads, width = values.shape
+        initial_state = init_weighted_state(batch, heads, width, weights=weights[-1], dtype=dtype)
+    start = WeightedState(*(a.astype(dtype) for a in initial_state))
+    clock = _Clock(None, None)
+    if segment_ids is not None:
+        rows = spans(segment_ids, initial_segment)
+        clock = _Clock(rows.valid[..., None, None], rows.reset[..., None, None])
+    run = _reference if form == "reference" else functools.partial(_convex, form)
+    y, state = run(v, k, w, u, start, clock)
+    if clock.valid is not None:
+        y = jnp.where(clock.valid, y, 0.0)
+    return y.astype(values.dtype), state
+
+
+class _Clock(NamedTuple):
+    """Which tokens count and which start anew, [B T 1 1]; None: all, and none."""
+
+    valid: Array | None
+    reset: Array | None
+
+
+def _weights(
+    values: Array,
+    log_weight: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    state: WeightedState | None,
+) -> tuple[int, ...]:
+    """Return the shape [B T H W] that log-weights, decays and bonus share; W is 1 or V."""
+    operands = [a.shape for a in (log_weight, log_decay, bonus) if a is not None]
+    try:
+        shape = tuple(jnp.broadcast_shapes(*operands))
+    except ValueError:
+        shape = None
+    if (
+        shape is None
+        or shape[:-1] != values.shape[:-1]
+        or shape[-1:] not in ((1,), values.shape[-1:])
+    ):
+        raise ShapeError(
+            f"weighted_average: log-weight, log-decay (and bonus) of shapes "
+            f"{', '.join(map(str, operands))} do not fit values {values.shape}. "
+            "Expected shapes that broadcast to [B T H 1] or [B T H V]."
+        )
+    if state is not None and state.log_total.shape[-1] != shape[-1]:
+        raise ShapeError(
+            f"weighted_average: the initial state holds {state.log_total.shape[-1]} totals per "
+            f"head, the call has {shape[-1]}. Make it with init_weighted_state(..., weights=...)."
+        )
+    return shape
+
+
+def _reference(
+    v: Array, k: Array, w: Array, u: Array | None, start: WeightedState, clock: _Clock
+) -> tuple[Array, WeightedState]:
+    """Carry both sums, scaled by the largest weight so far: the definition, and the decode step."""
+
+    def step(before: _Sums, at: _Inputs) -> tuple[_Sums, Array]:
+        if at.reset is not None:
+            # Sums with this top weigh nothing beside the token that comes now.
+            top = jnp.where(at.reset, EMPTY, before.top)
+            before = _Sums(before.total, before.weight, top)
+        after = _add(_Sums(before.total, before.weight, at.w + before.top), at.v, at.k)
+        read = after if at.u is None else _add(before, at.v, at.u + at.k)
+        y = read.total / read.weight
+        if at.valid is not None:
+            pairs = zip(after, before, strict=True)
+            after = _Sums(*(jnp.where(at.valid, new, old) for new, old in pairs))
+        return after, y
+
+    first = _Sums(start.mean, jnp.ones_like(start.log_total), start.log_total)
+    streams = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), _Inputs(v, k, w, u, *clock))
+    last, y = lax.scan(step, first, streams)
+    state = WeightedState(last.total / last.weight, last.top + jnp.log(last.weight))
+    return jnp.moveaxis(y, 0, 1), state
+
+
+class _Inputs(NamedTuple):
+    """What the recurrence reads of one token, or of all."""
+
+    v: Array
+    k: Array
+    w: Array
+    u: Array | None
+    valid: Array | None
+    reset: Array | None
+
+
+class _Sums(NamedTuple):
+    """Sums of weighted values and of weights, both divided by e^top, the largest weight so far."""
+
+    total: Array
+    weight: Array
+    top: Array
+
+
+def _add(sums: _Sums, value: Array, log_weight: Array) -> _Sums:
+    top = jnp.maximum(sums.top, log_weight)
+    old, new = jnp.exp(sums.top - top), jnp.exp(log_weight - top)
+    return _Sums(old * sums.total + new * value, old * sums.weight + new, top)
+
+
+def _convex(
+    form: str, v: Array, k: Array, w: Array, u: Array | None, start: WeightedState, clock: _Clock
+) -> tuple[Array, WeightedState]:
+    """Carry the mean by a gated scan, after the totals, of which there are far fewer.
+
+    A_t = a A_{t-1} + (1 - a) v_t with a = sigmoid(x), x = w_t + log Q_{t-1} - k_t: a convex
+    combination. Both shares come from x, so that a weight of e^-100 has a gradient of its own size
+    rather than the rounding of a difference.
+    """
+    totals = _log_totals(k, w, start.log_total, clock)
+    before = jnp.concatenate([start.log_total[:, None], totals[:, :-1]], axis=1)
+    if clock.reset is not None:
+        before = jnp.where(clock.reset, EMPTY, before)
+    x = w + before - k
+    log_old, new = jax.nn.log_sigmoid(x), jax.nn.sigmoid(-x)
+    if clock.valid is not None:
+        log_old, new = jnp.where(clock.valid, log_old, 0.0), jnp.where(clock.valid, new, 0.0)
+    flat = (*v.shape[:2], -1)
+    means, _ = gated_scan(
+        (new * v).reshape(flat),
+        jnp.broadcast_to(log_old, v.shape).reshape(flat),
+        initial_state=start.mean.reshape(v.shape[0], -1),
+        implementation=cast(Implementation, form),
+    )
+    means = means.reshape(v.shape)
+    state = WeightedState(means[:, -1], totals[:, -1])
+    if u is None:
+        return means, state
+    x = before - u - k
+    old_means = jnp.concatenate([start.mean[:, None], means[:, :-1]], axis=1)
+    return jax.nn.sigmoid(x) * old_means + jax.nn.sigmoid(-x) * v, state
+
+
+def _log_totals(k: Array, w: Array, start: Array, clock: _Clock) -> Array:
+    """Return log Q_t = log(e^{w_t} Q_{t-1} + e^{k_t}), standing still at padding."""
+    if clock.valid is not None and clock.reset is not None:
+        w = jnp.where(clock.valid, jnp.where(clock.reset, EMPTY, w), 0.0)
+        k = jnp.where(clock.valid, k, EMPTY)
+    if interpreted():  # a CPU, where a scan is a plain loop
+
+        def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            total = jnp.logaddexp(inputs[0] + total, inputs[1])
+            return total, total
+
+        _, totals = lax.scan(step, start, (jnp.moveaxis(w, 1, 0), jnp.moveaxis(k, 1, 0)))
+        return jnp.moveaxis(totals, 0, 1)
+    first = jnp.logaddexp(w[:, :1] + start[:, None], k[:, :1])
+    return lax.associative_scan(_join, (w, jnp.concatenate([first, k[:, 1:]], axis=1)), axis=1)[1]
+
+
+def _join(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
+    return early[0] + late[0], jnp.logaddexp(early[1] + late[0], late[1])

@@ -1,0 +1,254 @@
+"""Both forms of the weighted average against autodiff of its definition in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmem.errors import KernelUnsupported, ShapeError
+from jaxmem.ops.weighted_average import (
+    EMPTY,
+    WeightedState,
+    init_weighted_state,
+    weighted_average,
+)
+from tests.helpers.compare import Budget, assert_close
+
+FORMS = ("xla", "reference", "pallas")
+BATCH, HEADS, WIDTH = 2, 2, 3
+# Log-weights of 1e2 have an absolute rounding of 1e-5, which is a relative one of their
+# exponential. Twice what was measured.
+FORWARD = Budget(rtol=1e-5, atol=1e-5, rms=5e-6)
+GRADIENT = Budget(rtol=1e-4, atol=5e-5, rms=2e-5)
+IDS = np.array(
+    [[0, 3, 3, 0, 3, 3, 3, 1, 0, 1, 1, 0, 0], [2, 2, 2, 2, 5, 5, 5, 5, 5, 0, 0, 2, 2]], np.int32
+)
+Operands = dict[str, jax.Array]
+
+
+def operands(
+    length: int, *, weights: int = WIDTH, spread: float = 1.0, varying: bool, bonus: bool = True
+) -> Operands:
+    """Return v, k, w and perhaps u, as float32."""
+    draw = np.random.default_rng(length + weights)
+    full = (BATCH, length, HEADS, weights)
+    found = {
+        "v": draw.normal(size=(BATCH, length, HEADS, WIDTH)),
+        "k": spread * draw.normal(size=full),
+        "w": -draw.exponential(size=full if varying else (HEADS, weights)),
+    }
+    if bonus:
+        found["u"] = draw.normal(size=(HEADS, weights))
+    return {name: jnp.asarray(a, jnp.float32) for name, a in found.items()}
+
+
+def start(weights: int) -> WeightedState:
+    draw = np.random.default_rng(1)
+    shapes = ((BATCH, HEADS, WIDTH), (BATCH, HEADS, weights))
+    return WeightedState(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in shapes))
+
+
+def direct(o: dict[str, jax.Array], state: WeightedState | None) -> tuple[jax.Array, WeightedState]:
+    """Give every pair of tokens its weight, from all tokens for every token anew: O(T^2)."""
+    v, k = o["v"], jnp.broadcast_to(o["k"], o["v"].shape)
+    w = jnp.broadcast_to(o["w"], k.shape)
+    length = v.shape[1]
+    if state is not None:  # one more token in front, with the weight and the value of the state
+        v = jnp.concatenate([state.mean[:, None], v], axis=1)
+        first = jnp.broadcast_to(state.log_total, state.mean.shape)[:, None]
+        k, w = (jnp.concatenate([a, b], axis=1) for a, b in ((first, k), (0 * first, w)))
+    clock = jnp.cumsum(w, axis=1)
+    age = clock[:, :, None] - clock[:, None]  # [B T S H V]: decays after s up to t
+    steps = jnp.arange(v.shape[1])
+    past = (steps[:, None] >= steps)[None, :, :, None, None]
+    logs = jnp.where(past, age + k[:, None], -jnp.inf)
+    totals = jax.nn.logsumexp(logs, axis=2)
+    means = jnp.einsum("btshv,bshv->bthv", jnp.exp(logs - totals[:, :, None]), v)
+    after = WeightedState(means[:, -1], totals[:, -1, :, : o["k"].shape[-1]])
+    if "u" in o:
+        diagonal = (steps[:, None] == steps)[None, :, :, None, None]
+        # In its own output a token has its bonus, and the decay of this step is still to come.
+        logs = jnp.where(diagonal, (o["u"] + k)[:, None], logs - w[:, :, None])
+        logs = jnp.where(past, logs, -jnp.inf)
+        means = jnp.einsum("btshv,bshv->bthv", jax.nn.softmax(logs, axis=2), v)
+    return means[:, -length:], after
+
+
+def functional(tree: Any) -> jax.Array:
+    """Weigh all entries differently, so that no error cancels in the sum."""
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        jnp.sum(a * jnp.cos(jnp.arange(a.size).astype(a.dtype)).reshape(a.shape)) for a in leaves
+    )
+
+
+def op(form: str, **options: Any) -> Callable[..., Any]:
+    def run(o: dict[str, jax.Array], state: WeightedState | None) -> Any:
+        return weighted_average(
+            o["v"],
+            o["k"],
+            o["w"],
+            bonus=o.get("u"),
+            initial_state=state,
+            implementation=form,
+            **options,
+        )
+
+    return run
+
+
+def value_and_grads(run: Callable[..., Any]) -> Callable[..., Any]:
+    def scalar(o: Any, state: Any) -> tuple[jax.Array, Any]:
+        out = run(o, state)
+        return functional(out), out
+
+    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
+
+
+def exact(o: Operands, state: WeightedState | None) -> Any:
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (o, state))
+        (_, out), grads = value_and_grads(direct)(*wide)
+        return jax.tree.map(np.asarray, (out, grads))
+
+
+CASES = {
+    "one token": (1, WIDTH, 1.0, False, True, False),
+    "the operator": (37, WIDTH, 1.0, False, True, True),
+    "large log-weights": (37, WIDTH, 60.0, False, True, False),
+    "time-varying, large, with bonus": (23, WIDTH, 60.0, True, True, True),
+    "gated keys": (23, 1, 1.0, True, False, True),
+    "gated keys, large": (23, 1, 60.0, True, False, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name: str):
+    length, weights, spread, varying, bonus, continued = CASES[name]
+    o = operands(length, weights=weights, spread=spread, varying=varying, bonus=bonus)
+    state = start(weights) if continued else None
+    expected = exact(o, state)
+    for form in FORMS:
+        (_, out), grads = value_and_grads(op(form))(o, state)
+        assert_close(out, expected[0], FORWARD)
+        assert_close(grads, expected[1], GRADIENT)
+
+
+def test_packed_rows_equal_documents_alone():
+    length = IDS.shape[1]
+    o = operands(length, weights=1, varying=True)
+    documents = [
+        (0, [1, 2, 4, 5, 6]),
+        (0, [7, 9, 10]),
+        (1, range(4)),
+        (1, range(4, 9)),
+        (1, [11, 12]),
+    ]
+
+    def alone(o: dict[str, jax.Array], state: None) -> jax.Array:
+        y = jnp.zeros_like(o["v"])
+        for row, tokens in documents:
+            at = np.array(tokens)
+            part = {n: a if n == "u" else a[row, at][None] for n, a in o.items()}
+            y = y.at[row, at].set(op("reference")(part, state)[0][0])
+        return y
+
+    (_, expected), expected_grads = value_and_grads(alone)(o, None)
+    for form in FORMS:
+        run = op(form, segment_ids=jnp.asarray(IDS))
+        (_, y), grads = value_and_grads(lambda o, s, run=run: run(o, s)[0])(o, None)
+        assert_close(y, expected, FORWARD)
+        assert_close(grads, expected_grads, GRADIENT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_halves_are_one_call(form: str):
+    o = operands(IDS.shape[1], weights=1, varying=True)
+    ids = jnp.asarray(IDS)
+
+    def halves(o: dict[str, jax.Array], state: WeightedState, cut: int) -> Any:
+        first = {n: a if n == "u" else a[:, :cut] for n, a in o.items()}
+        second = {n: a if n == "u" else a[:, cut:] for n, a in o.items()}
+        y_1, state = op(form, segment_ids=ids[:, :cut], initial_segment=jnp.array([3, 9]))(
+            first, state
+        )
+        before = jnp.array([3, 5])  # documents at the cut
+        y_2, state = op(form, segment_ids=ids[:, cut:], initial_segment=before)(second, state)
+        return jnp.concatenate([y_1, y_2], axis=1), state
+
+    whole = op(form, segment_ids=ids, initial_segment=jnp.array([3, 9]))
+    expected = value_and_grads(whole)(o, start(1))
+    # Row 0 begins with padding in the state's document, row 1 with another document.
+    found = value_and_grads(lambda o, s: halves(o, s, 5))(o, start(1))
+    assert_close(found[0][1], expected[0][1], FORWARD)
+    assert_close(found[1], expected[1], GRADIENT)
+    assert float(jnp.max(jnp.abs(expected[1][1].mean[0]))) > 0
+    np.testing.assert_array_equal(expected[1][1].mean[1], 0.0)
+
+
+def test_extremes_are_finite():
+    o = operands(7, weights=1, varying=True)
+    still = dict(o, w=0 * o["w"], k=0 * o["k"])
+    forgetful = dict(o, w=jnp.full_like(o["w"], -1e30))
+    huge = dict(o, k=1e20 * o["k"])
+    for extreme in (still, forgetful, huge):
+        for form in FORMS:
+            (_, out), grads = value_and_grads(op(form))(extreme, None)
+            assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves((out, grads)))
+    (_, (y, _)), _ = value_and_grads(op("xla"))({n: forgetful[n] for n in "vkw"}, None)
+    assert_close(y, o["v"], FORWARD)
+    padded, state = op("xla", segment_ids=jnp.zeros((BATCH, 7), jnp.int32))(o, None)
+    np.testing.assert_array_equal(padded, 0.0)
+    np.testing.assert_array_equal(state.log_total, np.float32(EMPTY))
+
+
+def test_half_precision_is_computed_in_float32():
+    o = {n: jnp.asarray(a, jnp.bfloat16) for n, a in operands(9, varying=True).items()}
+    y, state = op("auto")(o, None)
+    wide, _ = op("auto")({n: a.astype(jnp.float32) for n, a in o.items()}, None)
+    assert y.dtype == jnp.bfloat16
+    assert state.mean.dtype == state.log_total.dtype == jnp.float32
+    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
+
+
+def test_transformations():
+    o = operands(6, weights=1, varying=True)
+
+    def loss(o: dict[str, jax.Array]) -> jax.Array:
+        return functional(op("xla")(o, None)[0])
+
+    plain = jax.jit(jax.grad(loss))(o)
+    by_row = {n: None if n == "u" else 0 for n in o}
+    rows = {n: a if n == "u" else a[:, None] for n, a in o.items()}
+    mapped = jax.vmap(lambda o: op("xla")(o, None)[0][0], (by_row,))(rows)
+    assert_close(mapped, op("xla")(o, None)[0], FORWARD)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(o), plain, GRADIENT)
+    twice, _ = jax.jit(lambda o: jax.lax.scan(lambda s, _: (s + loss(o), None), 0.0, None, 2))(o)
+    assert_close(twice, 2 * loss(o), FORWARD)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    specs = {n: P() if n == "u" else P("data") for n in o}
+    shared = jax.shard_map(
+        lambda o: op("xla")(o, None)[0],
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P("data"),
+        check_vma=False,
+    )
+    assert_close(jax.jit(shared)(o), op("xla")(o, None)[0], FORWARD)
+
+
+def test_bad_input():
+    o = operands(5, varying=True)
+    with pytest.raises(ShapeError, match=r"hold no token. Pass T >= 1"):
+        op("auto")({n: a if n == "u" else a[:, :0] for n, a in o.items()}, None)
+    with pytest.raises(ShapeError, match=r"broadcast to \[B T H 1\] or \[B T H V\]"):
+        op("auto")(dict(o, w=o["w"][..., :2]), None)
+    with pytest.raises(ShapeError, match=r"holds 1 totals per head, the call has 3"):
+        op("auto")(o, init_weighted_state(BATCH, HEADS, WIDTH))
+    with pytest.raises(KernelUnsupported, match="has no implementation 'cudnn'"):
+        op("cudnn")(o, None)
