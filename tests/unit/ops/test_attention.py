@@ -86,3 +86,15 @@ def test_auto_on_a_cpu_says_what_it_takes():
     choice = explain("attention", ONES, ONES, ONES, scale=1.0)
     assert choice.implementation == "xla"
     assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]
+
+
+def test_padding_between_tokens_does_not_count_in_distances():
+    x = jax.random.normal(jax.random.key(3), (1, 9, 1, 4))
+    rule = {"scale": 1.0, "lag": 2, "window": 4}
+    ids = jnp.asarray([[1, 0, 1, 1, 0, 0, 1, 1, 1]])
+    real = np.flatnonzero(ids[0])
+    padded = attention(x, x, x, segment_ids=ids, **rule)
+    alone = x[:, real]
+    np.testing.assert_allclose(
+        padded[:, real], attention(alone, alone, alone, **rule), rtol=1e-6, atol=1e-6
+    )
