@@ -1,3 +1,48 @@
-"""Memory and attention layers in JAX, equal to their authors' code and to themselves."""
+"""Memory and attention layers in JAX, equal to their authors' code and to themselves.
+
+The names below are the ops and the way to choose their implementation; they are imported when they
+are first used. Layers stand in `jaxmem.mixers`, whole models in `jaxmem.backbones`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmem.ops.attention import attention
+    from jaxmem.ops.dispatch import explain, use_implementation
+    from jaxmem.ops.gated_scan import gated_scan
+    from jaxmem.ops.leaky_average import leaky_average
+    from jaxmem.ops.persistent_read import persistent_read
+    from jaxmem.ops.weighted_average import weighted_average
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "attention": "jaxmem.ops.attention",
+    "explain": "jaxmem.ops.dispatch",
+    "gated_scan": "jaxmem.ops.gated_scan",
+    "leaky_average": "jaxmem.ops.leaky_average",
+    "persistent_read": "jaxmem.ops.persistent_read",
+    "use_implementation": "jaxmem.ops.dispatch",
+    "weighted_average": "jaxmem.ops.weighted_average",
+}
+
+__all__ = [
+    "attention",
+    "explain",
+    "gated_scan",
+    "leaky_average",
+    "persistent_read",
+    "use_implementation",
+    "weighted_average",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxmem' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

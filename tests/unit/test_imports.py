@@ -47,3 +47,14 @@ def test_import_loads_no_more_than_it_needs(statement: str, there: str, absent: 
     loaded = loaded_by(statement)
     assert there in loaded
     assert not loaded & set(absent)
+
+
+def test_public_names_are_there_and_come_late():
+    import jaxmem
+
+    assert jaxmem.__all__ == sorted(jaxmem.__all__)
+    assert all(callable(getattr(jaxmem, name)) for name in jaxmem.__all__)
+    assert set(jaxmem.__all__) <= set(dir(jaxmem))
+    assert "jax" not in loaded_by("import jaxmem")
+    with pytest.raises(AttributeError, match="no attribute 'attentionn'"):
+        _ = jaxmem.attentionn
