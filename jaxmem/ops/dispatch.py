@@ -6,8 +6,11 @@ variable JAXMEM_IMPLEMENTATION replace `auto` everywhere; what a call names itse
 """
 
 import contextlib
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -116,8 +119,18 @@ def explain_all() -> list[str]:
 
 def _candidates(op: str) -> dict[str, Unmet | None]:
     if op not in _OPS:
+        _load_ops()
+    if op not in _OPS:
         raise unknown_name("op", op, _OPS)
     return _OPS[op]
+
+
+@cache
+def _load_ops() -> None:
+    """Import every op, so that `explain` knows also those that nobody has used yet."""
+    package = importlib.import_module("jaxmem.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"jaxmem.ops.{module.name}")
 
 
 def _known(name: str) -> str:

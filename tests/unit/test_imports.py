@@ -56,5 +56,6 @@ def test_public_names_are_there_and_come_late():
     assert all(callable(getattr(jaxmem, name)) for name in jaxmem.__all__)
     assert set(jaxmem.__all__) <= set(dir(jaxmem))
     assert "jax" not in loaded_by("import jaxmem")
+    assert "jaxmem" in loaded_by("import jaxmem; jaxmem.explain('attention')")
     with pytest.raises(AttributeError, match="no attribute 'attentionn'"):
         _ = jaxmem.attentionn
