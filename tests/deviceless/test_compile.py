@@ -18,6 +18,8 @@ if missing() is not None:
     pytest.skip(str(missing()), allow_module_level=True)
 
 KINDS = ("NVIDIA A100", "NVIDIA H200")
+# The tests run XLA without optimisation, for speed; kernels are judged as users get them.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def tables() -> list[tuple[str, Entry]]:
@@ -42,7 +44,9 @@ def test_kernels_compile_and_do_not_spill(kernel: str, entry: Entry, kind: str):
     cases = pallas_kernels.cases_of(kernel).cases(entry)
     assert cases
     for case in cases:
-        compile_for(kind, case.function, *case.operands, spills=bool(entry.spills))
+        compile_for(
+            kind, case.function, *case.operands, spills=bool(entry.spills), options=OPTIMISED
+        )
 
 
 def test_every_kernel_has_a_table():
