@@ -81,7 +81,7 @@ def attention(
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted; None: all.
       segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
-        is not seen and does not count in distances.
+        is not seen but counts in distances (`places_in_row` makes places in which it does not).
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, <= 0 and
@@ -187,7 +187,9 @@ def _attend(
 ) -> Read:
     _check(q, k, v, lag, window, segment_ids, places, log_forget)
     if segment_ids is not None:
-        places = places_in_row(segment_ids)
+        # Not places_in_row: gates are summed over slots of the row, and a place is its slot here.
+        index = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
+        places = Places(index, index, segment_ids, segment_ids)
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
     form = resolve(
