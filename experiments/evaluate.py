@@ -55,7 +55,9 @@ def _of_text(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
     """Measure a language model on every token of the split."""
     from jaxmem.data.pipeline import load_corpus
     from jaxmem.reports.evaluation import evaluate
+    from jaxmem.tasks.language_modeling import LanguageModelingConfig
 
+    task = run.config.task
     corpus = load_corpus(_moved(run.config.data, options.data_path), run.tokenizer)
     micro_batch = run.config.data.batch_size // run.config.optim.accumulate
     found = evaluate(
@@ -64,6 +66,7 @@ def _of_text(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
         options.split,
         context_len=run.config.model.context_len,
         batch_size=options.batch_size or micro_batch,
+        skip_tokens=task.skip_tokens if isinstance(task, LanguageModelingConfig) else 0,
     )
     about = {"context_len": run.config.model.context_len, "data": corpus.description}
     return about | found.to_dict()

@@ -55,7 +55,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: nnx.Module, corpus: Corpus, split: Split, *, context_len: int, batch_size: int
+    model: nnx.Module,
+    corpus: Corpus,
+    split: Split,
+    *,
+    context_len: int,
+    batch_size: int,
+    skip_tokens: int = 0,
 ) -> Evaluation:
     """Score every token of a split but the first, in windows of ``context_len``.
 
@@ -70,13 +76,14 @@ def evaluate(
       split: which part of it.
       context_len: tokens per window.
       batch_size: windows per call of the model; changes nothing but speed and memory.
+      skip_tokens: first positions of each window that are not scored.
     """
     graphdef, params = nnx.split(model)
 
     @jax.jit
     def score(params: Any, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, params)(batch["tokens"]).logits
-        return jax.vmap(cross_entropy_sum)(logits[:, None], batch["targets"][:, None])
+        logits = nnx.merge(graphdef, params)(batch["tokens"]).logits[:, None, skip_tokens:]
+        return jax.vmap(cross_entropy_sum)(logits, batch["targets"][:, None, skip_tokens:])
 
     sums, counts = [], []
     for batch in sequential_batches(corpus, split, context_len=context_len, batch_size=batch_size):
@@ -88,13 +95,14 @@ def evaluate(
     tokens, windows = int(scored.sum()), len(scored)
     loss = float(total.sum() / tokens)
     characters, size = text_size(corpus, split)
+    length = len(corpus.tokens(split)) - 1
     return Evaluation(
         loss=loss,
         loss_margin=margin(total, scored),
         tokens=tokens,
         windows=windows,
-        tokens_per_character=tokens / characters if characters else None,
-        tokens_per_byte=tokens / size if size else None,
+        tokens_per_character=length / characters if characters else None,
+        tokens_per_byte=length / size if size else None,
     )
 
 

@@ -22,22 +22,26 @@ def corpus(tmp_path_factory):
     return load_corpus(DataConfig(path=str(path)))
 
 
-def test_equals_a_loop_over_windows(corpus):
+@pytest.mark.parametrize("skip", [0, 3])
+def test_equals_a_loop_over_windows(corpus, skip):
     config = StandInConfig(context_len=CONTEXT, vocab_size=corpus.tokenizer.vocab_size)
     model = StandIn(config, rngs=nnx.Rngs(0))
-    found = evaluate(model, corpus, "validation", context_len=CONTEXT, batch_size=3)
+    found = evaluate(
+        model, corpus, "validation", context_len=CONTEXT, batch_size=3, skip_tokens=skip
+    )
     tokens = corpus.tokens("validation").astype(np.int32)
     losses = []
     for start in range(0, len(tokens) - 1, CONTEXT):
         window = tokens[start : start + CONTEXT + 1]
         logits = model(jnp.asarray(window[None, :-1])).logits[0]
         picked = jax.nn.log_softmax(logits)[jnp.arange(len(window) - 1), window[1:]]
-        losses.append(-np.asarray(picked, np.float64))
+        losses.append(-np.asarray(picked, np.float64)[skip:])
     every = np.concatenate(losses)
-    assert found.tokens == len(every) == len(tokens) - 1
-    assert found.windows == len(losses)
+    assert found.tokens == len(every)
+    assert (len(every) == len(tokens) - 1) == (skip == 0)
+    assert found.windows == sum(len(window) > 0 for window in losses)
     assert len(losses) % 3  # the last batch is not full
-    assert len(losses[-1]) < CONTEXT  # nor the last window
+    assert len(losses[-1]) < CONTEXT - skip  # nor the last window
     assert found.loss == pytest.approx(every.mean(), rel=1e-6)
 
     measures = found.to_dict()
@@ -46,7 +50,8 @@ def test_equals_a_loop_over_windows(corpus):
     assert measures["bits_per_character"] == pytest.approx(measures["bits_per_token"])
     size = len(text.encode("utf-8"))
     assert size > len(text)
-    assert measures["bits_per_byte"] == pytest.approx(every.sum() / np.log(2) / size, rel=1e-5)
+    bits = every.mean() * (len(tokens) - 1) / np.log(2)
+    assert measures["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
     low, high = measures["loss_ci95"]
     assert (low + high) / 2 == pytest.approx(found.loss)
     assert measures["perplexity_ci95"] == pytest.approx([np.exp(low), np.exp(high)])
