@@ -81,7 +81,7 @@ def attention(
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted; None: all.
       segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
-        is not seen but counts in distances (`places_in_row` makes places in which it does not).
+        is not seen and counts neither in distances nor with its gates.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, <= 0 and
@@ -187,9 +187,11 @@ def _attend(
 ) -> Read:
     _check(q, k, v, lag, window, segment_ids, places, log_forget)
     if segment_ids is not None:
-        # Not places_in_row: gates are summed over slots of the row, and a place is its slot here.
-        index = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
-        places = Places(index, index, segment_ids, segment_ids)
+        places = places_in_row(segment_ids)
+        if log_forget is not None:
+            log_forget = jnp.where((segment_ids != 0)[..., None], log_forget, 0.0)
+    # Gates are summed over slots: a row's tokens stand in theirs, other queries at their places.
+    slots = None if segment_ids is not None or places is None else places.query
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
     form = resolve(
@@ -216,8 +218,8 @@ def _attend(
     q, k = q.astype(dtype), k.astype(dtype)
     scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
     if form == "reference":
-        return attention_reference.read(rule, q, k, v, scale, places, log_forget, seed)
-    extras = Extras(places, _decay(log_forget, places, scale), seed)
+        return attention_reference.read(rule, q, k, v, scale, places, slots, log_forget, seed)
+    extras = Extras(places, _decay(log_forget, slots, scale), seed)
     if form == "xla" and attention_xla.fits_at_once(q, k):
         return attention_xla.at_once(rule, q, k, v, scale, extras)
     return _read(_Static(form, rule, config, interpreted(interpret)), q, k, v, scale, extras)
@@ -264,14 +266,14 @@ def _check(
         )
 
 
-def _decay(log_forget: Array | None, places: Places | None, scale: Array) -> Decay | None:
-    """Return the cumulative gates at queries and keys."""
+def _decay(log_forget: Array | None, slots: Array | None, scale: Array) -> Decay | None:
+    """Return the cumulative gates at queries, in their own slots if None, and at keys."""
     if log_forget is None:
         return None
     sums = cumulative(log_forget.astype(scale.dtype))  # [B S H] twice
     at_queries = sums
-    if places is not None:
-        slot = jnp.maximum(places.query, 0)[..., None]
+    if slots is not None:
+        slot = jnp.maximum(slots, 0)[..., None]
         at_queries = tuple(jnp.take_along_axis(a, slot, axis=1) for a in sums)
     return Decay(*(jnp.moveaxis(a, 1, 2) for a in (*at_queries, *sums)))
 

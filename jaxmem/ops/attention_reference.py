@@ -19,21 +19,24 @@ def read(
     v: Array,
     scale: Array,
     places: Places | None,
+    slots: Array | None,
     log_forget: Array | None,
     seed: Array | None,
 ) -> Read:
     """Read one query after another, as a decoder with a cache does."""
     batch, length, heads, _ = q.shape
-    slots = k.shape[1]
+    keys = k.shape[1]
     share = heads // k.shape[2]
     wide_k, wide_v = (jnp.repeat(at_least_float32(a), share, axis=2) for a in (k, v))
     if places is None:
         index = jnp.broadcast_to(jnp.arange(length), (batch, length))
         places = Places(index, index, jnp.ones_like(index), jnp.ones_like(index))
+    if slots is None:
+        slots = jnp.broadcast_to(jnp.arange(length), (batch, length))
     first_row = jnp.arange(batch * heads).reshape(batch, heads, 1) * length
 
     def step(_: None, inputs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
-        q_t, place, segment, t = inputs  # [B H K], [B], [B], []
+        q_t, place, segment, slot, t = inputs  # [B H K], [B], [B], [B], []
         logits = jnp.einsum("bhk,bshk->bhs", q_t, wide_k) * scale[:, None]
         behind = place[:, None] - places.key
         seen = (behind >= rule.lag) & (places.key_segment == segment[:, None])
@@ -42,25 +45,25 @@ def read(
             seen &= behind < rule.window
         seen = seen[:, None, :]
         if log_forget is not None:
-            logits = logits + _passed(log_forget, place)
+            logits = logits + _passed(log_forget, slot)
         logits = jnp.where(seen, logits, _FAR_BELOW)
         # A query that sees nothing gets equal weights here, and none after the second mask.
         lse = jax.nn.logsumexp(logits, axis=-1)
         weights = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
         lse = jnp.where(jnp.any(seen, axis=-1), lse, -jnp.inf)
         if seed is not None:
-            weights = weights * kept(rule, seed, first_row + t, jnp.arange(slots))
+            weights = weights * kept(rule, seed, first_row + t, jnp.arange(keys))
         return None, (jnp.einsum("bhs,bshv->bhv", weights, wide_v), lse)
 
-    rows = (at_least_float32(q), places.query, places.query_segment)
+    rows = (at_least_float32(q), places.query, places.query_segment, slots)
     inputs = (*(jnp.moveaxis(a, 1, 0) for a in rows), jnp.arange(length))
     _, (y, lse) = lax.scan(step, None, inputs)
     return Read(jnp.moveaxis(y, 0, 1).astype(v.dtype), jnp.moveaxis(lse, 0, 2))
 
 
-def _passed(log_forget: Array, place: Array) -> Array:
-    """Return Σ_{j<l≤place} log_forget_l for every key j [B H S]."""
-    slot = jnp.arange(log_forget.shape[1])
-    gates = jnp.where((slot <= place[:, None])[..., None], log_forget, 0.0)
+def _passed(log_forget: Array, slot: Array) -> Array:
+    """Return Σ_{j<l≤slot} log_forget_l for every key j [B H S]."""
+    keys = jnp.arange(log_forget.shape[1])
+    gates = jnp.where((keys <= slot[:, None])[..., None], log_forget, 0.0)
     after = jnp.pad(gates[:, 1:], ((0, 0), (0, 1), (0, 0)))
     return jnp.moveaxis(lax.cumsum(after, axis=1, reverse=True), 1, 2)

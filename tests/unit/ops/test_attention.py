@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmem.errors import KernelUnsupported, ShapeError, UnknownName
-from jaxmem.ops.attention import Dropout, Places, attention, places_in_row
+from jaxmem.ops.attention import Dropout, Places, attention
 from jaxmem.ops.dispatch import explain
 
 ONES = jnp.ones((2, 3, 2, 4))
@@ -88,13 +88,20 @@ def test_auto_on_a_cpu_says_what_it_takes():
     assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]
 
 
-def test_places_in_row_do_not_count_padding_in_distances():
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_padding_between_tokens_counts_neither_in_distances_nor_with_its_gates(
+    implementation: Any,
+):
     x = jax.random.normal(jax.random.key(3), (1, 9, 1, 4))
-    rule = {"scale": 1.0, "lag": 2, "window": 4}
+    gates = -jax.nn.softplus(jax.random.normal(jax.random.key(4), (1, 9, 1)))
+    rule = {"scale": 1.0, "lag": 2, "window": 4, "implementation": implementation}
     ids = jnp.asarray([[1, 0, 1, 1, 0, 0, 1, 1, 1]])
     real = np.flatnonzero(ids[0])
-    padded = attention(x, x, x, places=places_in_row(ids), **rule)
+    padded = attention(x, x, x, segment_ids=ids, log_forget=gates, **rule)
     alone = x[:, real]
     np.testing.assert_allclose(
-        padded[:, real], attention(alone, alone, alone, **rule), rtol=1e-6, atol=1e-6
+        padded[:, real],
+        attention(alone, alone, alone, log_forget=gates[:, real], **rule),
+        rtol=1e-6,
+        atol=1e-6,
     )
