@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._compat import Target, backend_missing, target
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import on_cpu
 
 TABLES = Path(__file__).parent / "tuned"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -115,7 +115,7 @@ def unmet(dtype: Any, *widths: int) -> str | None:
     if missing:
         return missing
     gpu = target()
-    if gpu is None and not interpreted():
+    if gpu is None and not on_cpu():
         return f"kernels run on CUDA GPUs and, interpreted, on CPU; this is {jax.default_backend()}"
     if gpu is not None and gpu.capability < MIN_CAPABILITY:
         found = ".".join(map(str, gpu.capability))

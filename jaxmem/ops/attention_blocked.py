@@ -19,6 +19,7 @@ from jaxmem.ops.attention_xla import (
     tile_gradients,
     with_scale,
 )
+from pallas_kernels._interpret import on_cpu
 from pallas_kernels.attention import Decay, needed_blocks
 from pallas_kernels.attention import Places as KernelPlaces
 
@@ -31,7 +32,7 @@ _FAR = 2**30
 
 def block_of(length: int) -> int:
     """Return how many queries (or keys) of this many a tile holds."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return min(length, GPU_BLOCK)
     return min(length, CPU_BLOCKS[length > 512])
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, visible
+from pallas_kernels._interpret import on_cpu
 from pallas_kernels.attention import Decay
 
 SHORT = 128
@@ -57,7 +58,7 @@ def fits_at_once(q: Array, k: Array) -> bool:
         return True
     itemsize = jnp.promote_types(q.dtype, jnp.float32).itemsize
     small = batch * heads * queries * keys * itemsize <= WEIGHTS_LIMIT
-    return small and jax.default_backend() != "cpu"
+    return small and not on_cpu()
 
 
 class Tile(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 from jaxmem.errors import KernelUnsupported, unknown_name
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import on_cpu
 
 Implementation = Literal["auto", "reference", "xla", "pallas", "cudnn"]
 Unmet = Callable[..., str | None]
@@ -97,7 +97,7 @@ def explain(
     rejected = []
     for name, unmet in candidates.items():
         why = _unmet(unmet, operands, options)
-        if why is None and name in KERNELS and interpreted():
+        if why is None and name in KERNELS and on_cpu():
             why = "no GPU here, where a kernel would only be interpreted"
         if why is None:
             return Choice(op, name, _reason(rejected), tuple(rejected))
@@ -154,7 +154,7 @@ def _named(
             f"{op} cannot run implementation {name!r}: {why}. "
             f"Use 'auto', or one of {', '.join(n for n in candidates if n != name)}."
         )
-    if name in KERNELS and interpreted():
+    if name in KERNELS and on_cpu():
         reason += "; interpreted, as there is no GPU here"
     return Choice(op, name, reason)
 

@@ -20,7 +20,7 @@ from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.segments import spans
 from jaxmem.shapes import Activations, ActivationsAt, RowInts, SegmentIds
 from pallas_kernels import gated_scan as kernels
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import interpreted, on_cpu
 from pallas_kernels.gated_scan import DECAY, PADDING, RESET, GatedScanConfig
 
 declare("gated_scan", pallas=kernels.unmet, xla=None, reference=None)
@@ -164,7 +164,7 @@ def _scan_forward(
         h, final = first_order("gated_scan", kernel)(x, log_decay, start, kinds)
     else:
         x, gates = _silent(x.astype(start.dtype), kinds), _gates(log_decay, kinds, start.dtype)
-        run = _steps_forward if interpreted() else _tree_forward
+        run = _steps_forward if on_cpu() else _tree_forward
         h, final = run(x, gates, start)
         h = h.astype(static.dtype)
     return (h, final), _Residuals(h, log_decay, start, kinds)
@@ -184,7 +184,7 @@ def _scan_backward(static: _Static, residuals: _Residuals, cotangents: tuple) ->
         operands = (g, g_final, h, log_decay, start, kinds)
         return (*first_order("gated_scan", kernel)(*operands), None)
     gates = _gates(log_decay, kinds, start.dtype)
-    run = _steps_backward if interpreted() else _tree_backward
+    run = _steps_backward if on_cpu() else _tree_backward
     adjoint, handed = run(g.astype(start.dtype), g_final, gates)
     before = jnp.concatenate([start[:, None], h[:, :-1].astype(start.dtype)], axis=1)
     by_gate = handed * before

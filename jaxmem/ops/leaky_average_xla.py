@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._compat import Precision
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import on_cpu
 from pallas_kernels.leaky_average import Clock
 
 _CHUNK = 64
@@ -41,7 +41,7 @@ def forward(
     of a scan is a launch, so chunks are multiplied with a triangular matrix of decays.
     """
     x = _silent(x, clock)
-    if chunk is None and interpreted():
+    if chunk is None and on_cpu():
         return _steps_forward(x, rate, start, clock)
     tiles = _cut(x, rate, clock, chunk, precision)
     sums = _joined(_carry_forward(tiles, start), x.shape[1])
@@ -59,7 +59,7 @@ def backward(
     precision: Precision,
 ) -> Gradients:
     """Run the adjoint recurrence from the cotangent of the last sums."""
-    if chunk is None and interpreted():
+    if chunk is None and on_cpu():
         gradients = _steps_backward(g, g_final, sums, rate, clock)
     else:
         last = jnp.arange(g.shape[1]) == g.shape[1] - 1

@@ -26,7 +26,7 @@ from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.segments import spans
 from jaxmem.shapes import RowInts, SegmentIds
 from pallas_kernels import gated_scan as kernels
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import on_cpu
 
 EMPTY = -1e30
 """Log of a total weight of nothing; finite, so that no difference of two is NaN."""
@@ -253,7 +253,7 @@ def _log_totals(k: Array, w: Array, start: Array, clock: _Clock) -> Array:
     if clock.valid is not None and clock.reset is not None:
         w = jnp.where(clock.valid, jnp.where(clock.reset, EMPTY, w), 0.0)
         k = jnp.where(clock.valid, k, EMPTY)
-    if interpreted():  # a CPU, where a scan is a plain loop
+    if on_cpu():  # where a scan is a plain loop
 
         def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
             total = jnp.logaddexp(inputs[0] + total, inputs[1])
