@@ -190,7 +190,7 @@ OPS = (
         exact=exact.leaky_average,
         work=_leaky_work,
         shapes=({"B": 8, "T": 2048, "H": 16, "K": 64}, {"B": 1, "T": 32768, "H": 16, "K": 64}),
-        small=({"B": 2, "T": 1024, "H": 4, "K": 32},),
+        small=({"B": 2, "T": 1024, "H": 4, "K": 32}, {"B": 1, "T": 2048, "H": 4, "K": 32}),
         baselines={
             "associative_scan": baselines.leaky_average_by_pairs,
             "T x T matrix": baselines.leaky_average_by_matrix,
