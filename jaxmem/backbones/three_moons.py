@@ -57,8 +57,9 @@ class ThreeMoonsConfig(ModelConfig):
     """How many steps after its key a stored value was seen; 1 stores what comes next."""
     value_ban: int = 0
     """Newest complete pairs that may not be read."""
-    output: Literal["projection", "sum"] = "projection"
-    """Mix the heads by a matrix, or add them up (head_dim must then be input_dim)."""
+    output: Literal["projection", "sum", "concat"] = "projection"
+    """Mix the heads by a matrix, add them up (head_dim must then be input_dim), or put them side by
+    side (num_heads x head_dim must then be input_dim)."""
 
     def __post_init__(self) -> None:
         """Check sizes."""
@@ -74,6 +75,11 @@ class ThreeMoonsConfig(ModelConfig):
             raise ConfigError(
                 f"model.head_dim={self.head_dim} differs from model.input_dim={self.input_dim}, so "
                 "heads cannot be added up to an output. Use `--model.output projection`."
+            )
+        if self.output == "concat" and self.width != self.input_dim:
+            raise ConfigError(
+                f"num_heads x head_dim={self.width} differs from model.input_dim={self.input_dim}, "
+                "so heads side by side are no output. Use `--model.output projection`."
             )
         if self.complex_linear and (self.input_dim % 2 or self.width % 2):
             raise ConfigError(
@@ -287,9 +293,10 @@ class ThreeMoons(nnx.Module):
         return jnp.where(state.length > state.key.shape[1], jnp.nan, y)
 
     def _mix(self, read: Float[Array, "B T H K"]) -> Activations:
-        if self.output is None:
+        if self.config.output == "sum":
             return jnp.sum(read, axis=2)
-        return self.output(read.reshape(*read.shape[:2], -1))
+        y = read.reshape(*read.shape[:2], -1)
+        return y if self.output is None else self.output(y)
 
 
 def continue_series(

@@ -19,10 +19,8 @@ from jaxmem.data.three_moons import (
 )
 from jaxmem.interop.names import Names, Origin, linear, to_original
 from jaxmem.tasks.three_moons import clipped_square_sum
-from tests.golden.adapters import Arrays, Golden, Unsupported
+from tests.golden.adapters import Arrays, Golden
 from tests.golden.adapters.common import Values, keyed, load_module
-
-SYSTEM = "memory_mosaics"
 
 SYSTEM = "memory_mosaics"
 
@@ -50,11 +48,9 @@ def compute(golden: Golden, dtype: np.dtype) -> list[Arrays]:
 def _config(meta: Mapping[str, Any]) -> ThreeMoonsConfig:
     """Translate the options of the original.
 
-    Raises:
-      Unsupported: the file has biases, or both or none of projection and sum at its output.
+    It reads `bias` nowhere, and `out_sum` only without `out_proj`.
     """
-    if meta["bias"] or meta["out_proj"] == meta["out_sum"]:
-        raise Unsupported("ThreeMoons with biases, or not exactly one of out_proj and out_sum")
+    summed = "sum" if meta["out_sum"] else "concat"
     return ThreeMoonsConfig(
         context_len=meta["block_size"],
         input_dim=meta["input_dim"],
@@ -68,7 +64,7 @@ def _config(meta: Mapping[str, Any]) -> ThreeMoonsConfig:
         attention_scale=float(meta["attn_scale"]),
         value_shift=meta["v_shift"],
         value_ban=meta["v_ban"],
-        output="projection" if meta["out_proj"] else "sum",
+        output="projection" if meta["out_proj"] else summed,
     )
 
 

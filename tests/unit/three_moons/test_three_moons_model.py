@@ -35,6 +35,7 @@ CASES = {
     "sum_no_shift": ThreeMoonsConfig(
         num_heads=2, head_dim=6, output="sum", value_shift=0, attention_scale=2.0
     ),
+    "heads_side_by_side": ThreeMoonsConfig(output="concat"),
     "real": ThreeMoonsConfig(num_heads=1, head_dim=3, complex_linear=False, value_ban=1),
 }
 # An attention scale of 50 magnifies the rounding of a key. Largest error measured: 4e-6.
@@ -201,12 +202,22 @@ def test_three_heads_and_one_head_have_108_parameters():
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 108
 
 
+def test_heads_side_by_side_are_what_a_projection_mixes():
+    mixed = ThreeMoons(ThreeMoonsConfig(), rngs=nnx.Rngs(0))
+    plain = ThreeMoons(ThreeMoonsConfig(output="concat"), rngs=nnx.Rngs(0))
+    assert plain.output is None
+    x = series()
+    assert mixed.output is not None
+    np.testing.assert_allclose(mixed.output(plain(x)), mixed(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"num_heads": 0}, "model.num_heads=0 is not positive"),
         ({"value_ban": -1}, "model.value_ban=-1 is negative"),
         ({"output": "sum"}, "--model.output projection"),
+        ({"output": "concat", "head_dim": 4}, "num_heads x head_dim=12 differs"),
         ({"num_heads": 1, "head_dim": 3}, "even widths"),
     ],
 )
