@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         """Predict the successor of every token.
 
         Args:
-          tokens: indices into the vocabulary.
+          tokens: indices into the vocabulary; T may be 0.
           state: history from `init_state` or an earlier call; None: none, and none is returned.
           segment_ids: document of each token, 0 for padding; None: all tokens continue the row's
             document.
@@ -180,6 +180,11 @@ class Decoder(nnx.Module):
           ShapeError: a row is longer than the learned positions. A row whose state grows beyond
             them, or beyond `max_len`, gets NaN logits.
         """
+        if tokens.shape[1] == 0:
+            wide = jnp.promote_types(self.compute_dtype, jnp.float32)
+            return DecoderOutput(
+                jnp.zeros((*tokens.shape, self.config.vocab_size), wide), state, {}
+            )
         counted, state_after = self._count(tokens, state, segment_ids)
         positions = counted if positions is None else positions
         x = self._embed(tokens, positions)

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxmem.errors import ConfigError, ShapeError, unknown_name
 from jaxmem.nn.init import Init
+from jaxmem.ops.checks import check_floating
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.shapes import Activations, ActivationsAt, Key, SegmentIds, TokensAt
 
@@ -138,11 +139,13 @@ class Mixer(nnx.Module):
 
         Raises:
           ShapeError: x does not have the width of the mixer.
+          DTypeError: x is not floating point.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
                 f"{type(self).__name__} expects activations [B T {self.dim}], found {x.shape}."
             )
+        check_floating(type(self).__name__, x=x)
         implementation = implementation or self.config.implementation
         if x.shape[1] == 0:
             return MixerOutput(x, state, {})

@@ -32,7 +32,7 @@ from jaxmem.nn.features import (
     KeyExtractor,
     KeyState,
     ValueExtractor,
-    check_kernel_size,
+    check_extractor,
 )
 from jaxmem.nn.heads import check_heads, merge_heads
 from jaxmem.nn.init import Init
@@ -80,7 +80,9 @@ class MemoryConfig(MixerConfig):
     def check(self, dim: int, path: str) -> None:
         """Raise ConfigError unless heads, kernel, scale and dropouts make sense at this width."""
         check_heads(dim, self.num_heads, path)
-        check_kernel_size(self.key_kernel_size, f"{path}.key_kernel_size")
+        check_extractor(self.key_extractor, self.key_kernel_size, f"{path}.key")
+        if not self.scale_limit > 0.0:  # so that NaN is refused
+            raise ConfigError(f"{path}.scale_limit={self.scale_limit} is not positive. Use 10.")
         check_dropout(self.dropout, path)
         check_dropout(self.read_dropout, path, field="weight_dropout")
 
@@ -115,7 +117,7 @@ class ContextualMemoryConfig(MemoryConfig):
     def check(self, dim: int, path: str) -> None:
         """Raise ConfigError unless the fields make sense at this width."""
         super().check(dim, path)
-        check_kernel_size(self.value_kernel_size, f"{path}.value_kernel_size")
+        check_extractor(self.value_extractor, self.value_kernel_size, f"{path}.value")
         if self.lag < 1:
             raise ConfigError(
                 f"{path}.lag={self.lag}. Use 1 or more; a token cannot read its own pair."

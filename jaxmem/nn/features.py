@@ -1,6 +1,6 @@
 """Keys and values of Memory Mosaics: features of tokens and their neighbours, of unit length."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,10 +21,22 @@ KEY_SCALE_START = 0.1
 VALUE_SCALE_START = -0.05
 
 
-def check_kernel_size(size: int, path: str) -> None:
-    """Raise ConfigError unless a convolution spans a token at least; `path` names the field."""
-    if size < 1:
-        raise ConfigError(f"{path}={size}. Use 1 (the token alone) or more.")
+def check_extractor(kind: str, kernel_size: int, path: str) -> None:
+    """Raise ConfigError unless there is such an extractor of this size; `path` names its owner.
+
+    `path` ends in `key` or `value`, the beginning of the fields' names.
+    """
+    if kind not in get_args(Extractor):
+        raise ConfigError(
+            f"{path}_extractor={kind!r}. Use one of {', '.join(get_args(Extractor))}."
+        )
+    if kernel_size < 1:
+        raise ConfigError(f"{path}_kernel_size={kernel_size}. Use 1 (the token alone) or more.")
+    if kind == "mix" and kernel_size > 2:
+        raise ConfigError(
+            f"{path}_kernel_size={kernel_size} with {path}_extractor='mix', which mixes two tokens. "
+            "Leave it at its default, or use the extractor 'conv'."
+        )
 
 
 class FeatureExtractor(nnx.Module):

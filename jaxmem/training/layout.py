@@ -75,10 +75,6 @@ class Layout:
             for key, shape in self.stacked_shapes.items()
         }
 
-    def single_specs(self, fsdp: int) -> dict[str, PartitionSpec]:
-        """Return the placement of every single parameter under `fsdp` shards."""
-        return {name: leaf_spec(leaf.shape, fsdp) for name, leaf in self.shapes.items()}
-
     def stack(self, single: Params) -> Params:
         """Join single parameters into the arrays of the train state."""
         return {

@@ -274,6 +274,19 @@ def test_a_padded_step_changes_nothing(model: Model):
     assert bool(jnp.all(jnp.isfinite(out.logits)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_token_changes_nothing(model: Model, packed: bool):
+    def run(m: Decoder, tokens: jax.Array) -> Any:
+        before = m(tokens, m.init_state(3)).state
+        ids = jnp.ones((3, 0), jnp.int32) if packed else None
+        return before, m(tokens[:, :0], before, segment_ids=ids), m(tokens[:, :0])
+
+    before, out, fresh = model.call(run, TOKENS)
+    assert out.logits.shape == fresh.logits.shape == (3, 0, VOCAB)
+    assert fresh.state is None
+    jax.tree.map(np.testing.assert_array_equal, out.state, before)
+
+
 def test_one_token(model: Model):
     def run(m: Decoder, tokens: jax.Array) -> Any:
         return m(tokens[:, :1]).logits, m(tokens).logits[:, :1]
@@ -377,12 +390,32 @@ def test_dropout_of_the_embeddings_needs_rngs():
             r"model\.feed_forward\.memory_size=0",
         ),
         ({"feed_forward": MLPConfig(hidden_mult=0)}, r"model\.feed_forward\.hidden_mult=0"),
+        (
+            {"mixer": ContextualMemoryConfig(num_heads=2, value_kernel_size=5)},
+            r"model\.mixer\.value_kernel_size=5 with model\.mixer\.value_extractor='mix'",
+        ),
+        (
+            {"feed_forward": PersistentMemoryConfig(num_heads=2, key_kernel_size=0)},
+            r"model\.feed_forward\.key_kernel_size=0",
+        ),
+        (
+            {"mixer": ContextualMemoryConfig(num_heads=2, scale_limit=math.nan)},
+            r"model\.mixer\.scale_limit=nan is not positive",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_configs_that_make_no_sense(change: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(small("mosaic"), **change)
+
+
+def test_an_extractor_must_be_known():
+    mixer = ContextualMemoryConfig(num_heads=2)
+    # Past the type check of the tests, as a user's code without one would do.
+    object.__setattr__(mixer, "key_extractor", "convolve")
+    with pytest.raises(ConfigError, match=r"key_extractor='convolve'\. Use one of conv, mix"):
+        mixer.check(16, "model.mixer")
 
 
 def test_chunks_of_no_tokens_make_no_sense():

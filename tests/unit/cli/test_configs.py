@@ -51,6 +51,8 @@ def test_preset_is_short_and_fully_described(name):
         ("mm_shakespeare_char", 10_647_036),
         ("gpt_shakespeare_char", 10_745_088),
         ("mm_gpt2", 123_588_336),
+        ("mm_354m", 353_554_048),
+        ("mm_756m", 756_822_144),
         ("icll_mm_paper", 396_528),
     ],
 )
