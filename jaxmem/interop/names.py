@@ -184,8 +184,8 @@ def to_ours(
     """Turn arrays by original name into arrays by our path, in the order and shapes of `shapes`.
 
     Raises:
-      CheckpointMismatch: names are missing, unknown or misshapen, or tied tensors differ; the
-        message lists the first of each.
+      CheckpointMismatch: tensors are missing, unknown, misshapen, not floating point or not
+        finite, or tied ones differ; the message lists the first of each.
     """
     wanted = {path: names.origin(path) for path in shapes}
     expected = {
@@ -205,19 +205,25 @@ def to_ours(
     untied = [
         f"{alias} and {name}"
         for alias, name in second.items()
-        if alias in arrays and name in arrays and not np.array_equal(arrays[alias], arrays[name])
+        if alias in arrays
+        and name in arrays
+        and not np.array_equal(arrays[alias], arrays[name], equal_nan=True)
     ]
+    used = {name: arrays[name] for name in expected if name in arrays}
+    numbers = {n: a for n, a in used.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     found = {
         "missing": missing,
         "unknown": unknown,
         "misshapen": misshapen,
         "tied but unequal": untied,
+        "not floating point": [f"{n} ({a.dtype})" for n, a in used.items() if n not in numbers],
+        "not finite": [n for n, a in numbers.items() if not np.all(np.isfinite(a))],
     }
     if any(found.values()):
         listed = "; ".join(f"{kind}: {_some(items)}" for kind, items in found.items() if items)
         raise CheckpointMismatch(
             f"The weights do not fit the model. {listed}. "
-            "Give the model the sizes, depth and biases of the weights."
+            "Give the model the sizes, depth and biases of the weights, or weights of this model."
         )
     return {path: origin.to_ours(arrays, shapes[path]) for path, origin in wanted.items()}
 

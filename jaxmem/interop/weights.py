@@ -61,8 +61,8 @@ def load_weights(model: Any, path: str | Path) -> str:
 
     Raises:
       CheckpointMismatch: the file cannot be read, its names are of no known family, the model
-        computes something else than that family's, or tensors are missing, unknown or misshapen;
-        the model is then unchanged.
+        computes something else than that family's, or tensors are missing, unknown, misshapen, not
+        floating point or not finite; the model is then unchanged.
     """
     arrays = read_tensors(path)
     found = _family_of(arrays, model)

@@ -141,8 +141,16 @@ Edit = Callable[[dict[str, np.ndarray]], Any]
             lambda a: a.update({"head.weight": a["head.weight"] + 1}),
             "tied but unequal: head.weight and emb.weight",
         ),
+        (
+            lambda a: a.update({"ln_out.weight": np.ones(6, np.int8)}),
+            r"not floating point: ln_out.weight \(int8\)",
+        ),
+        (
+            lambda a: [a[name].fill(np.nan) for name in ("head.weight", "emb.weight")],
+            "not finite: emb.weight",
+        ),
     ],
-    ids=["missing", "unknown", "misshapen", "untied"],
+    ids=["missing", "unknown", "misshapen", "untied", "integer", "nan"],
 )
 def test_what_does_not_fit_is_named_and_nothing_changed(edit: Edit, words: str, tmp_path: Path):
     path = tmp_path / "w.safetensors"
