@@ -1,24 +1,30 @@
 """Memory and attention layers in JAX, equal to their authors' code and to themselves.
 
-The names below are the ops and the way to choose their implementation; they are imported when they
-are first used. Layers stand in `jaxmem.mixers`, whole models in `jaxmem.backbones`.
+The names below are the ops, what they take, and the way to choose their implementation; they are
+imported when they are first used. Layers stand in `jaxmem.mixers`, whole models in
+`jaxmem.backbones`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmem.ops.attention import attention
+    from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
     from jaxmem.ops.dispatch import explain, use_implementation
     from jaxmem.ops.gated_scan import gated_scan
-    from jaxmem.ops.leaky_average import leaky_average
+    from jaxmem.ops.leaky_average import LeakyState, leaky_average
     from jaxmem.ops.persistent_read import persistent_read
-    from jaxmem.ops.weighted_average import weighted_average
+    from jaxmem.ops.weighted_average import WeightedState, weighted_average
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Dropout": "jaxmem.ops.attention",
+    "LeakyState": "jaxmem.ops.leaky_average",
+    "Places": "jaxmem.ops.attention",
+    "WeightedState": "jaxmem.ops.weighted_average",
     "attention": "jaxmem.ops.attention",
+    "attention_with_lse": "jaxmem.ops.attention",
     "explain": "jaxmem.ops.dispatch",
     "gated_scan": "jaxmem.ops.gated_scan",
     "leaky_average": "jaxmem.ops.leaky_average",
@@ -28,7 +34,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Dropout",
+    "LeakyState",
+    "Places",
+    "WeightedState",
     "attention",
+    "attention_with_lse",
     "explain",
     "gated_scan",
     "leaky_average",

@@ -20,6 +20,10 @@ class ShapeError(JaxmemError, ValueError):
     """An array has a shape that the called function cannot take."""
 
 
+class DTypeError(JaxmemError, TypeError):
+    """An array holds numbers of a kind that the called function cannot take."""
+
+
 class UnknownName(JaxmemError, KeyError):
     """A name is not in its registry."""
 

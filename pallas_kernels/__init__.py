@@ -18,14 +18,3 @@ def names() -> list[str]:
 def cases_of(kernel: str) -> ModuleType:
     """Return the module of a kernel that builds its cases."""
     return importlib.import_module(f"{__name__}.{kernel}.cases")
-
-
-def available() -> dict[str, str]:
-    """Say for each kernel how it runs here: compiled for a GPU, interpreted, or why not at all."""
-    from pallas_kernels._compat import target
-    from pallas_kernels._launch import unmet
-
-    reason = unmet("float32", 1)
-    gpu = target()
-    state = reason or ("interpreted" if gpu is None else f"compiled for {gpu.kind}")
-    return dict.fromkeys(names(), state)

@@ -29,6 +29,15 @@ from jaxmem.ops.attention_terms import (
     places_in_row,
 )
 from jaxmem.ops.attention_xla import Gradients, Read, cotangents, delta_of
+from jaxmem.ops.checks import (
+    active_dropout,
+    check_axes,
+    check_documents,
+    check_floating,
+    check_precision,
+    check_scale,
+    check_shape,
+)
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
@@ -81,7 +90,8 @@ def attention(
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted; None: all.
       segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
-        is not seen and counts neither in distances nor with its gates.
+        is not seen and counts neither in distances nor with its gates. What q, k and v hold there
+        must be finite.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, <= 0 and
@@ -98,7 +108,10 @@ def attention(
       interpret: run kernels interpreted; None: where there is no GPU.
 
     Raises:
-      ShapeError: shapes do not fit, an axis is empty, or no key could be visible.
+      ShapeError: shapes do not fit, an axis is empty, or no distance is within `lag` and `window`.
+      DTypeError: q, k, v, scale or log_forget are not floating point.
+      ConfigError: the rate of the dropout is not in [0, 1).
+      UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation cannot run this call, or a second derivative of
         `pallas` is asked for.
 
@@ -185,15 +198,17 @@ def _attend(
     interpret: bool | None,
     wants_lse: bool,
 ) -> Read:
-    _check(q, k, v, lag, window, segment_ids, places, log_forget)
+    check_floating("attention", q=q, k=k, v=v, scale=scale, log_forget=log_forget)
+    _check_operands(q, k, v, scale, log_forget)
+    _check_visibility(q, k, lag, window, segment_ids, places)
+    check_precision(precision)
+    dropout = active_dropout("attention", dropout)
     if segment_ids is not None:
         places = places_in_row(segment_ids)
         if log_forget is not None:
             log_forget = jnp.where((segment_ids != 0)[..., None], log_forget, 0.0)
     # Gates are summed over slots: a row's tokens stand in theirs, other queries at their places.
     slots = None if segment_ids is not None or places is None else places.query
-    if dropout is not None and dropout.rate == 0.0:
-        dropout = None
     form = resolve(
         "attention",
         implementation,
@@ -225,45 +240,55 @@ def _attend(
     return _read(_Static(form, rule, config, interpreted(interpret)), q, k, v, scale, extras)
 
 
-def _check(
+def _check_operands(
+    q: Array, k: Array, v: Array, scale: float | Array, log_forget: Array | None
+) -> None:
+    op = "attention"
+    check_axes(op, "q", q, "B T H K")
+    check_axes(op, "k", k, "B S G K")
+    check_axes(op, "v", v, "B S G V")
+    heads = q.shape[2]
+    if (
+        (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
+        or k.shape[:3] != v.shape[:3]
+        or heads % k.shape[2]
+    ):
+        raise ShapeError(
+            f"{op}: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
+            "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
+        )
+    check_scale(op, scale, heads)
+    what = "one gate per key and query head"
+    check_shape(op, "log_forget", log_forget, (*k.shape[:2], heads), what)
+
+
+def _check_visibility(
     q: Array,
     k: Array,
-    v: Array,
     lag: int,
     window: int | None,
     segment_ids: Array | None,
     places: Places | None,
-    log_forget: Array | None,
 ) -> None:
-    shapes = f"attention: q {q.shape}, k {k.shape}, v {v.shape}"
-    if (
-        (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
-        or k.shape[:3] != v.shape[:3]
-        or q.shape[2] % max(k.shape[2], 1)
-    ):
-        raise ShapeError(
-            f"{shapes} do not fit together. "
-            "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
-        )
-    if 0 in (*q.shape, *v.shape):
-        raise ShapeError(f"{shapes}: an axis is empty. Give at least one query and one key.")
-    if places is None and q.shape[1] != k.shape[1]:
-        raise ShapeError(
-            f"attention: {q.shape[1]} queries and {k.shape[1]} keys without `places`. "
-            "Say where each stands, or pass rows of equal length."
-        )
-    if places is not None and segment_ids is not None:
-        raise ShapeError("attention: both `places` and `segment_ids`. Places hold documents too.")
+    op, queries, keys = "attention", q.shape[:2], k.shape[:2]
     if lag < 0 or (window is not None and window <= lag):
         raise ShapeError(
-            f"attention: with lag={lag} and window={window} the first visible key is not behind "
+            f"{op}: with lag={lag} and window={window} the first visible key is not behind "
             "the last. Use 0 <= lag < window."
         )
-    if log_forget is not None and log_forget.shape != (*k.shape[:2], q.shape[2]):
+    if places is None and queries != keys:
         raise ShapeError(
-            f"attention: log_forget {log_forget.shape}; expected one gate per key and query head, "
-            f"{(*k.shape[:2], q.shape[2])}."
+            f"{op}: {queries[1]} queries and {keys[1]} keys without `places`. "
+            "Say where each stands, or pass rows of equal length."
         )
+    check_documents(op, queries, segment_ids)
+    if places is None:
+        return
+    if segment_ids is not None:
+        raise ShapeError(f"{op}: both `places` and `segment_ids`. Places hold documents too.")
+    for name, expected in zip(Places._fields, (queries, keys, queries, keys), strict=True):
+        what = f"one number per {'query' if expected is queries else 'key'}"
+        check_shape(op, f"places.{name}", getattr(places, name), expected, what)
 
 
 def _decay(log_forget: Array | None, slots: Array | None, scale: Array) -> Decay | None:
@@ -303,14 +328,15 @@ def _cudnn_unmet(
     wants_lse: bool = False,
     **extras: Any,
 ) -> str | None:
-    present = [name for name in ("places", "log_forget", "dropout") if extras.get(name) is not None]
+    names = {"places": "places or segment_ids", "log_forget": "log_forget", "dropout": "dropout"}
+    present = [name for key, name in names.items() if extras.get(key) is not None]
     if lag != 0 or wants_lse or present:
         found = [*present, *(["lag"] if lag else []), *(["log-sum-exp"] if wants_lse else [])]
         return f"it has no {', '.join(found)}"
     return attention_cudnn.unmet(q, k, v, scale=scale, window=window)
 
 
-declare("attention", cudnn=_cudnn_unmet, pallas=_pallas_unmet, xla=None, reference=None)
+declare(attention, cudnn=_cudnn_unmet, pallas=_pallas_unmet, xla=None, reference=None)
 
 
 class _Static(NamedTuple):

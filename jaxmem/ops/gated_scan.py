@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.errors import ShapeError
+from jaxmem.ops.checks import check_axes, check_documents, check_floating, check_shape
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
@@ -22,8 +22,6 @@ from jaxmem.shapes import Activations, ActivationsAt, RowInts, SegmentIds
 from pallas_kernels import gated_scan as kernels
 from pallas_kernels._interpret import interpreted, on_cpu
 from pallas_kernels.gated_scan import DECAY, PADDING, RESET, GatedScanConfig
-
-declare("gated_scan", pallas=kernels.unmet, xla=None, reference=None)
 
 
 def gated_scan(
@@ -59,7 +57,8 @@ def gated_scan(
       h in the dtype of x, and h after the last token in float32 or wider.
 
     Raises:
-      ShapeError: x, log_decay and the state do not fit, or there is no token.
+      ShapeError: x, log_decay, the state and the documents do not fit, or there is no token.
+      DTypeError: x, log_decay or the state are not floating point.
       UnknownName: no such implementation.
       KernelUnsupported: the named implementation cannot run this call.
 
@@ -67,6 +66,7 @@ def gated_scan(
       2402.19427), eq. 4, where x is the normalised and gated input.
     """
     _check(x, log_decay, initial_state)
+    check_documents("gated_scan", x.shape[:2], segment_ids, initial_segment)
     form = resolve("gated_scan", implementation, x, log_decay, config=config)
     wide = at_least_float32(x).dtype
     if initial_state is None:
@@ -80,19 +80,16 @@ def gated_scan(
     return h.astype(x.dtype), final
 
 
+declare(gated_scan, pallas=kernels.unmet, xla=None, reference=None)
+
+
 def _check(x: Array, log_decay: Array, initial_state: Array | None) -> None:
-    if log_decay.shape != x.shape:
-        raise ShapeError(
-            f"gated_scan: log_decay has shape {log_decay.shape}, x has {x.shape}. "
-            "Pass one gate per token and channel, the shape of x."
-        )
-    if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
-        raise ShapeError(
-            f"gated_scan: initial_state has shape {initial_state.shape}, x has {x.shape}. "
-            f"Pass one state per row and channel, shape ({x.shape[0]}, {x.shape[2]})."
-        )
-    if 0 in x.shape:
-        raise ShapeError(f"gated_scan: an axis of x {x.shape} is empty. Give at least one token.")
+    op = "gated_scan"
+    check_floating(op, x=x, log_decay=log_decay, initial_state=initial_state)
+    check_axes(op, "x", x, "B T D")
+    check_shape(op, "log_decay", log_decay, x.shape, "one gate per token and channel of x")
+    what = "one state per row and channel"
+    check_shape(op, "initial_state", initial_state, (x.shape[0], x.shape[2]), what)
 
 
 def _kinds(segment_ids: SegmentIds, initial_segment: RowInts | None) -> Array:
@@ -123,6 +120,7 @@ def _reference(
     x: Array, log_decay: Array, start: Array, kinds: Array | None
 ) -> tuple[Array, Array]:
     """Run the recurrence one token at a time: the definition, and the decode step."""
+    x, log_decay = _silent(x, kinds), _silent(log_decay, kinds)
     if kinds is None:
         kinds = jnp.full(x.shape[:2], DECAY)
 
@@ -198,6 +196,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _silent(x: Array, kinds: Array | None) -> Array:
+    """Return 0 at padding, whatever stands there; 0 * NaN would reach other tokens' gradients."""
     return x if kinds is None else jnp.where(kinds[:, :, None] == PADDING, 0.0, x)
 
 

@@ -8,7 +8,7 @@ made of them are equal.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,15 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxmem.errors import ShapeError, unknown_name
+from jaxmem.errors import ConfigError, ShapeError, unknown_name
 from jaxmem.ops import leaky_average_xla as plain
+from jaxmem.ops.checks import (
+    check_axes,
+    check_documents,
+    check_floating,
+    check_precision,
+    check_shape,
+)
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
@@ -30,8 +37,6 @@ from pallas_kernels.leaky_average import Clock, LeakyAverageConfig
 
 Scaling = Literal["sum", "scaled", "normalised"]
 HeadSums = Float[Array, "B H K"]
-
-declare("leaky_average", pallas=kernels.unmet, xla=None, reference=None)
 
 
 class LeakyState(NamedTuple):
@@ -105,9 +110,11 @@ def leaky_average(
       y in the dtype of x, and the state after the last token.
 
     Raises:
-      ShapeError: x has no token, x and rate disagree about the number of heads, or the state
-        about the scaling.
-      UnknownName: no such scaling or implementation.
+      ShapeError: x has no token, the rates, the state or the documents do not fit it, or the state
+        does not fit the scaling.
+      DTypeError: x, rate or the state are not floating point.
+      ConfigError: `chunk_size` is less than 1.
+      UnknownName: no such scaling, precision or implementation.
       KernelUnsupported: the named implementation cannot run this call.
 
     Reference: Memory Mosaics (arXiv 2405.06394), eq. 7; nanoMosaics `LeakyAvg` (`sum`), the
@@ -115,18 +122,15 @@ def leaky_average(
       operator returns a decay gradient of wrong magnitude and, for negative parameters, wrong
       sign; this is the true one.
     """
-    _check(x, rate, scaling)
+    _check(x, rate, scaling, initial_state, chunk_size)
+    check_documents("leaky_average", x.shape[:2], segment_ids, initial_segment)
+    check_precision(precision)
     form = resolve("leaky_average", implementation, x, rate, config=config)
     wide = at_least_float32(x).dtype
     rate = rate.astype(wide)
     batch, _, heads, width = x.shape
     if initial_state is None:
         initial_state = init_leaky_state(batch, heads, width, scaling=scaling, dtype=wide)
-    if scaling == "normalised" and initial_state.weight is None:
-        raise ShapeError(
-            "leaky_average: the initial state has no weight, which `normalised` carries on. "
-            "Make it with init_leaky_state(..., scaling='normalised')."
-        )
     clock = None if segment_ids is None else _clock(segment_ids, initial_segment)
     static = _Static(
         form,
@@ -153,17 +157,38 @@ def leaky_average(
     return y.astype(x.dtype), LeakyState(total, weight)
 
 
-def _check(x: Array, rate: Array, scaling: str) -> None:
-    if scaling not in ("sum", "scaled", "normalised"):
-        raise unknown_name("scaling", scaling, ("sum", "scaled", "normalised"))
-    if rate.shape != x.shape[2:3]:
-        raise ShapeError(
-            f"leaky_average: rate has shape {rate.shape}, x has {x.shape}. "
-            f"Pass one rate per head, shape ({x.shape[2]},)."
+declare(leaky_average, pallas=kernels.unmet, xla=None, reference=None)
+
+
+def _check(
+    x: Array, rate: Array, scaling: Scaling, state: LeakyState | None, chunk_size: int | None
+) -> None:
+    op = "leaky_average"
+    check_floating(op, x=x, rate=rate)
+    if scaling not in get_args(Scaling):
+        raise unknown_name("scaling", scaling, get_args(Scaling))
+    check_axes(op, "x", x, "B T H K")
+    check_shape(op, "rate", rate, x.shape[2:3], "one rate per head")
+    if state is not None:
+        _check_state(state, x, scaling)
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigError(
+            f"{op}: chunk_size={chunk_size} is no number of tokens. "
+            "Use 1 or more, or None for what is fastest here."
         )
-    if 0 in x.shape:
+
+
+def _check_state(state: LeakyState, x: Array, scaling: Scaling) -> None:
+    op, (batch, _, heads, width) = "leaky_average", x.shape
+    total, weight = "initial_state.total", "initial_state.weight"
+    check_floating(op, **{total: state.total, weight: state.weight})
+    check_shape(op, total, state.total, (batch, heads, width), "one sum per row and channel")
+    check_shape(op, weight, state.weight, (batch, heads, 1), "one weight per row and head")
+    if (state.weight is None) == (scaling == "normalised"):
         raise ShapeError(
-            f"leaky_average: an axis of x {x.shape} is empty. Give at least one token."
+            f"{op}: the initial state has {'no' if state.weight is None else 'a'} weight, which "
+            f"only `normalised` carries on; the scaling is {scaling!r}. "
+            f"Make it with init_leaky_state(..., scaling={scaling!r})."
         )
 
 

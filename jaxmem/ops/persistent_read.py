@@ -10,6 +10,13 @@ from jaxtyping import Float
 
 from jaxmem.errors import ShapeError
 from jaxmem.ops.attention import Dropout
+from jaxmem.ops.checks import (
+    active_dropout,
+    check_axes,
+    check_floating,
+    check_precision,
+    check_scale,
+)
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
 from jaxmem.ops.norms import at_least_float32
@@ -30,23 +37,12 @@ once).
 """
 
 
-def _unmet(q: Any, keys: Any, values: Any) -> str | None:
-    batch, length, _, width = q.shape
-    banks, heads, _, value_width = values.shape
-    return kernels.unmet(
-        q.dtype, values.dtype, width, value_width, rows=batch * length, tables=banks * heads
-    )
-
-
-declare("persistent_read", pallas=_unmet, xla=None, reference=None)
-
-
 def persistent_read(
     q: Queries,
     keys: Float[Array, "R H P K"],
     values: Float[Array, "R H P V"],
     *,
-    scale: HeadScalars,
+    scale: float | HeadScalars,
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
@@ -64,7 +60,7 @@ def persistent_read(
       q: queries; logits are computed in their dtype.
       keys: stored keys of every bank.
       values: stored values of every bank; their dtype is that of the result.
-      scale: factor of the logits, one per head.
+      scale: factor of the logits, one number or one per head.
       dropout: rate and key of the dropout of the weights; None in evaluation. Which weights are
         dropped does not depend on the implementation.
       implementation: `reference` takes one bank after another over (B, H, T, P), `xla` all at once
@@ -75,17 +71,24 @@ def persistent_read(
       interpret: run kernels interpreted; None: where there is no GPU.
 
     Raises:
-      ShapeError: the banks do not fit the queries or each other, or there is nothing to read.
+      ShapeError: the banks or the scale do not fit the queries or each other, or there is nothing
+        to read.
+      DTypeError: q, keys, values or scale are not floating point.
+      ConfigError: the rate of the dropout is not in [0, 1).
+      UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation cannot run this call.
 
     Reference: Memory Mosaics (arXiv 2405.06394), sec. 5; nanoMosaics `PersistentMem`.
     """
-    _check(q, keys, values)
-    form = resolve("persistent_read", implementation, q, keys, values)
+    check_floating("persistent_read", q=q, keys=keys, values=values, scale=scale)
+    _check(q, keys, values, scale)
+    check_precision(precision)
+    dropout = active_dropout("persistent_read", dropout)
+    form = resolve("persistent_read", implementation, q, keys, values, config=config)
     seed, rate = None, 0.0
-    if dropout is not None and dropout.rate > 0.0:
+    if dropout is not None:
         seed, rate = dropout_seed(dropout.key), dropout.rate
-    scale = scale.astype(at_least_float32(q).dtype)
+    scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
     if form == "reference":
         return _reference(q, keys, values, scale, seed, rate)
     batch, length, heads, width = q.shape
@@ -94,21 +97,38 @@ def persistent_read(
     return y.reshape(batch, length, heads, -1)
 
 
-def _check(q: Array, keys: Array, values: Array) -> None:
+def _unmet(q: Any, keys: Any, values: Any, *, config: PersistentReadConfig | None) -> str | None:
+    batch, length, _, width = q.shape
+    banks, heads, _, value_width = values.shape
+    return kernels.unmet(
+        q.dtype,
+        values.dtype,
+        width,
+        value_width,
+        rows=batch * length,
+        tables=banks * heads,
+        config=config,
+    )
+
+
+declare(persistent_read, pallas=_unmet, xla=None, reference=None)
+
+
+def _check(q: Array, keys: Array, values: Array, scale: float | Array) -> None:
+    op = "persistent_read"
+    check_axes(op, "q", q, "B T H K")
+    check_axes(op, "keys", keys, "R H P K")
+    check_axes(op, "values", values, "R H P V")
     if (
         keys.shape[1] != q.shape[2]
         or keys.shape[3] != q.shape[3]
         or values.shape[:3] != keys.shape[:3]
     ):
         raise ShapeError(
-            f"persistent_read: q {q.shape}, keys {keys.shape}, values {values.shape} do not fit. "
+            f"{op}: q {q.shape}, keys {keys.shape}, values {values.shape} do not fit. "
             "Expected q [B T H K], keys [R H P K], values [R H P V]."
         )
-    if 0 in (*q.shape, *values.shape):
-        raise ShapeError(
-            f"persistent_read: an axis of q {q.shape} or values {values.shape} is empty. "
-            "Give at least one query and one stored pair."
-        )
+    check_scale(op, scale, q.shape[2])
 
 
 class _Static(NamedTuple):

@@ -11,6 +11,7 @@ log-weights of any size are safe.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxmem.errors import ShapeError
+from jaxmem.ops.checks import check_axes, check_documents, check_floating, check_shape
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.norms import at_least_float32
@@ -27,19 +29,10 @@ from jaxmem.ops.segments import spans
 from jaxmem.shapes import RowInts, SegmentIds
 from pallas_kernels import gated_scan as kernels
 from pallas_kernels._interpret import on_cpu
+from pallas_kernels.gated_scan import GatedScanConfig
 
 EMPTY = -1e30
 """Log of a total weight of nothing; finite, so that no difference of two is NaN."""
-
-
-def _pallas_unmet(values: Any, **_: Any) -> str | None:
-    batch, length, heads, width = values.shape
-    dtype = jnp.promote_types(values.dtype, jnp.float32)
-    flat = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
-    return kernels.unmet(flat, flat)
-
-
-declare("weighted_average", pallas=_pallas_unmet, xla=None, reference=None)
 
 
 class WeightedState(NamedTuple):
@@ -69,6 +62,8 @@ def weighted_average(
     segment_ids: SegmentIds | None = None,
     initial_segment: RowInts | None = None,
     implementation: Implementation = "auto",
+    config: GatedScanConfig | None = None,
+    interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H V"], WeightedState]:
     r"""Average the values so far, each with a weight that decays from step to step.
 
@@ -92,22 +87,24 @@ def weighted_average(
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
       implementation: `reference` is the recurrence of both sums with a running maximum; `xla` and
         `pallas` are a gated scan over means in that form, with its gradient.
+      config: launch configuration of the kernels of that scan; None: that of the tables.
+      interpret: run kernels interpreted; None: where there is no GPU.
 
     Returns:
       y, and the state after the last token.
 
     Raises:
-      ShapeError: T is 0, or the shapes do not fit together.
+      ShapeError: an axis is empty, or the shapes do not fit together.
+      DTypeError: an array is not floating point.
       KernelUnsupported: the named implementation cannot run this call.
 
     Reference: RWKV-4 (arXiv 2305.13048), eq. 16; Memory Mosaics (arXiv 2405.06394), CUDA operator
       of the Library; gated keys of arXiv 2507.03285. Differs: the gradient of w is that of w
       itself, where the CUDA operator returns it times w.
     """
-    if values.shape[1] == 0:
-        raise ShapeError(f"weighted_average: values {values.shape} hold no token. Pass T >= 1.")
-    weights = _weights(values, log_weight, log_decay, bonus, initial_state)
-    form = resolve("weighted_average", implementation, values)
+    weights = _check(values, log_weight, log_decay, bonus, initial_state)
+    check_documents("weighted_average", values.shape[:2], segment_ids, initial_segment)
+    form = resolve("weighted_average", implementation, values, config=config)
     dtype = at_least_float32(values).dtype
     v = values.astype(dtype)
     k, w = (jnp.broadcast_to(a.astype(dtype), weights) for a in (log_weight, log_decay))
@@ -119,12 +116,34 @@ def weighted_average(
     clock = _Clock(None, None)
     if segment_ids is not None:
         rows = spans(segment_ids, initial_segment)
-        clock = _Clock(rows.valid[..., None, None], rows.reset[..., None, None])
-    run = _reference if form == "reference" else functools.partial(_convex, form)
-    y, state = run(v, k, w, u, start, clock)
+        valid = rows.valid[..., None, None]
+        clock = _Clock(valid, rows.reset[..., None, None])
+        # A NaN in padding would reach real tokens as 0 * NaN, at least in the gradients.
+        v, k, w = (jnp.where(valid, a, 0.0) for a in (v, k, w))
+        u = None if u is None else jnp.where(valid, u, 0.0)
+    if form == "reference":
+        y, state = _reference(v, k, w, u, start, clock)
+    else:
+        scan = functools.partial(
+            gated_scan,
+            implementation=cast(Implementation, form),
+            config=config,
+            interpret=interpret,
+        )
+        y, state = _convex(scan, v, k, w, u, start, clock)
     if clock.valid is not None:
         y = jnp.where(clock.valid, y, 0.0)
     return y.astype(values.dtype), state
+
+
+def _pallas_unmet(values: Any, *, config: GatedScanConfig | None) -> str | None:
+    batch, length, heads, width = values.shape
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    flat = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
+    return kernels.unmet(flat, flat, config=config)
+
+
+declare(weighted_average, pallas=_pallas_unmet, xla=None, reference=None)
 
 
 class _Clock(NamedTuple):
@@ -134,7 +153,7 @@ class _Clock(NamedTuple):
     reset: Array | None
 
 
-def _weights(
+def _check(
     values: Array,
     log_weight: Array,
     log_decay: Array,
@@ -142,27 +161,33 @@ def _weights(
     state: WeightedState | None,
 ) -> tuple[int, ...]:
     """Return the shape [B T H W] that log-weights, decays and bonus share; W is 1 or V."""
+    op = "weighted_average"
+    check_floating(op, values=values, log_weight=log_weight, log_decay=log_decay, bonus=bonus)
+    check_axes(op, "values", values, "B T H V")
     operands = [a.shape for a in (log_weight, log_decay, bonus) if a is not None]
     try:
         shape = tuple(jnp.broadcast_shapes(*operands))
     except ValueError:
         shape = None
-    if (
-        shape is None
-        or shape[:-1] != values.shape[:-1]
-        or shape[-1:] not in ((1,), values.shape[-1:])
-    ):
+    if shape not in ((*values.shape[:3], 1), values.shape):
         raise ShapeError(
-            f"weighted_average: log-weight, log-decay (and bonus) of shapes "
+            f"{op}: log-weight, log-decay (and bonus) of shapes "
             f"{', '.join(map(str, operands))} do not fit values {values.shape}. "
             "Expected shapes that broadcast to [B T H 1] or [B T H V]."
         )
-    if state is not None and state.log_total.shape[-1] != shape[-1]:
-        raise ShapeError(
-            f"weighted_average: the initial state holds {state.log_total.shape[-1]} totals per "
-            f"head, the call has {shape[-1]}. Make it with init_weighted_state(..., weights=...)."
-        )
+    if state is not None:
+        _check_state(state, values, shape)
     return shape
+
+
+def _check_state(state: WeightedState, values: Array, weights: tuple[int, ...]) -> None:
+    op, (batch, _, heads, width) = "weighted_average", values.shape
+    mean, total = "initial_state.mean", "initial_state.log_total"
+    check_floating(op, **{mean: state.mean, total: state.log_total})
+    what = "one mean per row and channel"
+    check_shape(op, mean, state.mean, (batch, heads, width), what)
+    what = "as many totals per row and head as log-weights (init_weighted_state(..., weights=...))"
+    check_shape(op, total, state.log_total, (batch, heads, weights[-1]), what)
 
 
 def _reference(
@@ -216,7 +241,13 @@ def _add(sums: _Sums, value: Array, log_weight: Array) -> _Sums:
 
 
 def _convex(
-    form: str, v: Array, k: Array, w: Array, u: Array | None, start: WeightedState, clock: _Clock
+    scan: Callable[..., tuple[Array, Array]],
+    v: Array,
+    k: Array,
+    w: Array,
+    u: Array | None,
+    start: WeightedState,
+    clock: _Clock,
 ) -> tuple[Array, WeightedState]:
     """Carry the mean by a gated scan, after the totals, of which there are far fewer.
 
@@ -233,11 +264,10 @@ def _convex(
     if clock.valid is not None:
         log_old, new = jnp.where(clock.valid, log_old, 0.0), jnp.where(clock.valid, new, 0.0)
     flat = (*v.shape[:2], -1)
-    means, _ = gated_scan(
+    means, _ = scan(
         (new * v).reshape(flat),
         jnp.broadcast_to(log_old, v.shape).reshape(flat),
         initial_state=start.mean.reshape(v.shape[0], -1),
-        implementation=cast(Implementation, form),
     )
     means = means.reshape(v.shape)
     state = WeightedState(means[:, -1], totals[:, -1])
@@ -253,14 +283,23 @@ def _log_totals(k: Array, w: Array, start: Array, clock: _Clock) -> Array:
     if clock.valid is not None and clock.reset is not None:
         w = jnp.where(clock.valid, jnp.where(clock.reset, EMPTY, w), 0.0)
         k = jnp.where(clock.valid, k, EMPTY)
-    if on_cpu():  # where a scan is a plain loop
+    run = _steps if on_cpu() else _tree
+    return run(k, w, start)
 
-        def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            total = jnp.logaddexp(inputs[0] + total, inputs[1])
-            return total, total
 
-        _, totals = lax.scan(step, start, (jnp.moveaxis(w, 1, 0), jnp.moveaxis(k, 1, 0)))
-        return jnp.moveaxis(totals, 0, 1)
+def _steps(k: Array, w: Array, start: Array) -> Array:
+    """Take a step per token: on a CPU a scan is a plain loop."""
+
+    def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        total = jnp.logaddexp(inputs[0] + total, inputs[1])
+        return total, total
+
+    _, totals = lax.scan(step, start, (jnp.moveaxis(w, 1, 0), jnp.moveaxis(k, 1, 0)))
+    return jnp.moveaxis(totals, 0, 1)
+
+
+def _tree(k: Array, w: Array, start: Array) -> Array:
+    """Combine spans of tokens in log T levels: on a GPU a step per token is a launch per token."""
     first = jnp.logaddexp(w[:, :1] + start[:, None], k[:, :1])
     return lax.associative_scan(_join, (w, jnp.concatenate([first, k[:, 1:]], axis=1)), axis=1)[1]
 

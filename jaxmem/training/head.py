@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 import jaxmem
 from jaxmem.backbones.base import Recurrent
-from jaxmem.ops.dispatch import explain_all
+from jaxmem.ops.dispatch import Choice
 from jaxmem.parallel.mesh import describe_mesh
 from jaxmem.parallel.rules import describe_shardings
 from jaxmem.training.config import RunConfig, diff
@@ -61,8 +61,13 @@ def _state(parts: ModelParts, single: Params) -> list[jax.Array] | None:
     return jax.tree.leaves(model.init_state(1)) if isinstance(model, Recurrent) else None
 
 
-def compiled_lines(compiled: Any) -> list[str]:
-    """Return what the compiled step will use, as far as the backend tells."""
+def compiled_lines(compiled: Any, choices: Sequence[Choice]) -> list[str]:
+    """Return what the compiled step will use, as far as the backend tells.
+
+    Args:
+      compiled: the step.
+      choices: what its ops chose while it was traced.
+    """
     lines = []
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -74,7 +79,7 @@ def compiled_lines(compiled: Any) -> list[str]:
     cost = compiled.cost_analysis() or {}
     if flops := cost.get("flops"):
         lines.append(f"compute    {flops:.3g} FLOP per update and device")
-    lines += [f"op         {line}" for line in explain_all()]
+    lines += [f"op         {c.op}: {c.implementation} ({c.reason})" for c in choices]
     return lines
 
 

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmem.cache import enable_compilation_cache
+from jaxmem.ops.dispatch import recording_choices
 from jaxmem.parallel.mesh import build_mesh
 from jaxmem.tasks.base import Task
 from jaxmem.training import folder as run_folder
@@ -164,8 +165,10 @@ def _assemble(
         donate_argnums=0,
         out_shardings=(init.shardings, None),
     )
-    update = step.lower(init.abstract, batch).compile()
-    for line in compiled_lines(update):
+    with recording_choices() as choices:
+        lowered = step.lower(init.abstract, batch)
+    update = lowered.compile()
+    for line in compiled_lines(update, choices):
         log.line(line)
     form = StateFormat(init.abstract, model.parts.layout, mesh)
     state, meta = _restore(config, checkpoints, form, feed, log) or (init(config.run.seed), None)

@@ -1,5 +1,6 @@
-"""Both forms of the weighted average against autodiff of its definition in float64."""
+"""Every form of the weighted average against autodiff of its definition in float64."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,20 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmem.errors import KernelUnsupported, ShapeError
+from jaxmem.ops import gated_scan as scan_op
+from jaxmem.ops import weighted_average as average_op
 from jaxmem.ops.weighted_average import (
     EMPTY,
     WeightedState,
     init_weighted_state,
     weighted_average,
 )
+from pallas_kernels.gated_scan import GatedScanConfig
 from tests.helpers.compare import Budget, assert_close
+from tests.helpers.off_cpu import trees_only
 
-FORMS = ("xla", "reference", "pallas")
+FORMS = {"steps": "xla", "tree": "xla", "reference": "reference", "pallas": "pallas"}
+"""Implementation of each form; the tree is what `xla` runs off the CPU."""
 BATCH, HEADS, WIDTH = 2, 2, 3
 # Log-weights of 1e2 have an absolute rounding of 1e-5, which is a relative one of their
 # exponential. Twice what was measured.
@@ -29,6 +35,14 @@ IDS = np.array(
     [[0, 3, 3, 0, 3, 3, 3, 1, 0, 1, 1, 0, 0], [2, 2, 2, 2, 5, 5, 5, 5, 5, 0, 0, 2, 2]], np.int32
 )
 Operands = dict[str, jax.Array]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the implementation of each form."""
+    if request.param == "tree":
+        trees_only(monkeypatch, average_op, scan_op)
+    return FORMS[request.param]
 
 
 def operands(
@@ -127,46 +141,69 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_definition(name: str):
+@functools.cache
+def case(name: str) -> tuple[Operands, WeightedState | None, Any]:
+    """Return the arguments of a case and its exact results."""
     length, weights, spread, varying, bonus, continued = CASES[name]
     o = operands(length, weights=weights, spread=spread, varying=varying, bonus=bonus)
     state = start(weights) if continued else None
-    expected = exact(o, state)
-    for form in FORMS:
-        (_, out), grads = value_and_grads(op(form))(o, state)
-        assert_close(out, expected[0], FORWARD)
-        assert_close(grads, expected[1], GRADIENT)
+    return o, state, exact(o, state)
 
 
-def test_packed_rows_equal_documents_alone():
-    length = IDS.shape[1]
-    o = operands(length, weights=1, varying=True)
-    documents = [
-        (0, [1, 2, 4, 5, 6]),
-        (0, [7, 9, 10]),
-        (1, range(4)),
-        (1, range(4, 9)),
-        (1, [11, 12]),
-    ]
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(form: str, name: str):
+    o, state, expected = case(name)
+    (_, out), grads = value_and_grads(op(form))(o, state)
+    assert_close(out, expected[0], FORWARD)
+    assert_close(grads, expected[1], GRADIENT)
+
+
+DOCUMENTS = [
+    (0, [1, 2, 4, 5, 6]),
+    (0, [7, 9, 10]),
+    (1, range(4)),
+    (1, range(4, 9)),
+    (1, [11, 12]),
+]
+
+
+@functools.cache
+def documents_alone() -> Any:
+    """Return outputs and gradients of the documents of `IDS`, each in a call of its own."""
 
     def alone(o: dict[str, jax.Array], state: None) -> jax.Array:
         y = jnp.zeros_like(o["v"])
-        for row, tokens in documents:
+        for row, tokens in DOCUMENTS:
             at = np.array(tokens)
             part = {n: a if n == "u" else a[row, at][None] for n, a in o.items()}
             y = y.at[row, at].set(op("reference")(part, state)[0][0])
         return y
 
-    (_, expected), expected_grads = value_and_grads(alone)(o, None)
-    for form in FORMS:
-        run = op(form, segment_ids=jnp.asarray(IDS))
-        (_, y), grads = value_and_grads(lambda o, s, run=run: run(o, s)[0])(o, None)
-        assert_close(y, expected, FORWARD)
-        assert_close(grads, expected_grads, GRADIENT)
+    (_, y), grads = value_and_grads(alone)(operands(IDS.shape[1], weights=1, varying=True), None)
+    return y, grads
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_packed_rows_equal_documents_alone(form: str):
+    o = operands(IDS.shape[1], weights=1, varying=True)
+    run = op(form, segment_ids=jnp.asarray(IDS))
+    (_, y), grads = value_and_grads(lambda o, s: run(o, s)[0])(o, None)
+    expected, expected_grads = documents_alone()
+    assert_close(y, expected, FORWARD)
+    assert_close(grads, expected_grads, GRADIENT)
+
+
+def test_nothing_in_padding_reaches_real_tokens(form: str):
+    o = operands(IDS.shape[1], weights=1, varying=True)
+    o["u"] = jnp.broadcast_to(o["u"], o["k"].shape)
+    empty = (IDS == 0)[..., None, None]
+    nan = {name: jnp.where(empty, jnp.nan, a) for name, a in o.items()}
+    run = value_and_grads(op(form, segment_ids=jnp.asarray(IDS)))
+    (_, expected), expected_grads = run(o, start(1))
+    (_, out), grads = run(nan, start(1))
+    assert_close(out, expected, FORWARD)
+    assert_close(grads, expected_grads, GRADIENT)
+
+
 def test_two_halves_are_one_call(form: str):
     o = operands(IDS.shape[1], weights=1, varying=True)
     ids = jnp.asarray(IDS)
@@ -191,18 +228,18 @@ def test_two_halves_are_one_call(form: str):
     np.testing.assert_array_equal(expected[1][1].mean[1], 0.0)
 
 
-def test_extremes_are_finite():
+def test_extremes_are_finite(form: str):
     o = operands(7, weights=1, varying=True)
     still = dict(o, w=0 * o["w"], k=0 * o["k"])
     forgetful = dict(o, w=jnp.full_like(o["w"], -1e30))
     huge = dict(o, k=1e20 * o["k"])
+    run = value_and_grads(op(form))
     for extreme in (still, forgetful, huge):
-        for form in FORMS:
-            (_, out), grads = value_and_grads(op(form))(extreme, None)
-            assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves((out, grads)))
-    (_, (y, _)), _ = value_and_grads(op("xla"))({n: forgetful[n] for n in "vkw"}, None)
+        (_, out), grads = run(extreme, None)
+        assert all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves((out, grads)))
+    y, _ = op(form)({n: forgetful[n] for n in "vkw"}, None)
     assert_close(y, o["v"], FORWARD)
-    padded, state = op("xla", segment_ids=jnp.zeros((BATCH, 7), jnp.int32))(o, None)
+    padded, state = op(form, segment_ids=jnp.zeros((BATCH, 7), jnp.int32))(o, None)
     np.testing.assert_array_equal(padded, 0.0)
     np.testing.assert_array_equal(state.log_total, np.float32(EMPTY))
 
@@ -242,13 +279,30 @@ def test_transformations():
     assert_close(jax.jit(shared)(o), op("xla")(o, None)[0], FORWARD)
 
 
+def test_config_and_interpret_are_those_of_the_scan(monkeypatch: pytest.MonkeyPatch):
+    o = operands(9, varying=True)
+    given = []
+
+    def scan(*args: Any, **options: Any) -> Any:
+        given.append((options["config"], options["interpret"]))
+        return scan_op.gated_scan(*args, **options)
+
+    monkeypatch.setattr(average_op, "gated_scan", scan)
+    tiles = GatedScanConfig(rows=4, block=16)
+    y, _ = op("pallas", config=tiles, interpret=True)(o, None)
+    assert_close(y, op("reference")(o, None)[0], FORWARD)
+    assert given == [(tiles, True)]
+    with pytest.raises(KernelUnsupported, match="block=48, which is no power of two"):
+        op("pallas", config=GatedScanConfig(block=48))(o, None)
+
+
 def test_bad_input():
     o = operands(5, varying=True)
-    with pytest.raises(ShapeError, match=r"hold no token. Pass T >= 1"):
+    with pytest.raises(ShapeError, match=r"an axis of values .* is empty"):
         op("auto")({n: a if n == "u" else a[:, :0] for n, a in o.items()}, None)
     with pytest.raises(ShapeError, match=r"broadcast to \[B T H 1\] or \[B T H V\]"):
         op("auto")(dict(o, w=o["w"][..., :2]), None)
-    with pytest.raises(ShapeError, match=r"holds 1 totals per head, the call has 3"):
+    with pytest.raises(ShapeError, match=r"log_total has shape \(2, 2, 1\).*shape \(2, 2, 3\)"):
         op("auto")(o, init_weighted_state(BATCH, HEADS, WIDTH))
     with pytest.raises(KernelUnsupported, match="has no implementation 'cudnn'"):
         op("cudnn")(o, None)

@@ -64,6 +64,14 @@ def test_log_says_what_ran(finished):
         assert words in log
 
 
+def test_log_says_what_the_ops_of_this_step_chose_and_why(finished):
+    config, _, _ = finished
+    log = (config.run.folder / "log.txt").read_text()
+    ops = [line for line in log.splitlines() if line.startswith("op  ")]
+    assert len(ops) == 1  # the model has one op, although others are loaded
+    assert ops[0].startswith("op         attention: xla (not cudnn: it has no dropout; not pallas:")
+
+
 def test_at_end_gets_the_trained_model(finished):
     config, result, seen = finished
     ((given, model, task),) = seen

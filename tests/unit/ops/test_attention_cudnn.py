@@ -4,14 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxmem.errors import KernelUnsupported
 from jaxmem.ops import attention_cudnn
-from jaxmem.ops.attention import Places, attention
+from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.dispatch import explain
 
 PLAIN = tuple(jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.bfloat16) for _ in range(3))
+IDS = jnp.ones((2, 16), jnp.int32)
+KEY = jax.random.key(0)
 
 
 def honest(q: Any, k: Any, v: Any, *, scale: float, window: int | None) -> jax.Array:
@@ -95,9 +98,10 @@ def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Shape
     ("arrays", "options", "reason"),
     [
         (PLAIN, {"lag": 1}, "it has no lag"),
-        (PLAIN, {"dropout": "some"}, "it has no dropout"),
-        (PLAIN, {"places": Places(*"abcd"), "log_forget": 1}, "it has no places, log_forget"),
-        (PLAIN, {"wants_lse": True}, "it has no log-sum-exp"),
+        (PLAIN, {"dropout": Dropout(0.1, KEY)}, "it has no dropout"),
+        (PLAIN, {"places": Places(*(IDS,) * 4)}, "it has no places or segment_ids"),
+        (PLAIN, {"segment_ids": IDS}, "it has no places or segment_ids"),
+        (PLAIN, {"log_forget": jnp.zeros((2, 16, 4))}, "it has no log_forget"),
         (PLAIN, {"scale": jnp.ones(4)}, "one Python number"),
         (shaped((2, 16, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
         (shaped((2, 16, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),
@@ -107,6 +111,21 @@ def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Shape
 def test_what_it_is_not_asked_for(arrays: Any, options: dict[str, Any], reason: str):
     with pytest.raises(KernelUnsupported, match=reason):
         explain("attention", *arrays, **{"scale": 0.125, **options}, implementation="cudnn")
+    choice = explain("attention", *arrays, **{"scale": 0.125, **options})
+    assert choice.implementation == "xla"
+    assert choice.rejected[0].implementation == "cudnn"
+
+
+def test_it_gives_no_log_sum_exp():
+    q = jnp.ones((1, 8, 2, 16), jnp.bfloat16)
+    with pytest.raises(KernelUnsupported, match="it has no log-sum-exp"):
+        attention_with_lse(q, q, q, scale=0.25, implementation="cudnn")
+
+
+@pytest.mark.parametrize("scale", [0.125, np.float64(0.125)])
+def test_a_rate_of_zero_is_no_dropout(scale: float):
+    choice = explain("attention", *PLAIN, scale=scale, dropout=Dropout(0.0, KEY))
+    assert choice.implementation == "cudnn"
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):

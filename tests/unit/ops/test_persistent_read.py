@@ -1,14 +1,17 @@
 """Dropout and errors of the persistent read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import ShapeError
+from jaxmem.errors import KernelUnsupported, ShapeError
 from jaxmem.ops.attention import Dropout
 from jaxmem.ops.persistent_read import persistent_read
+from pallas_kernels import persistent_read as kernels
 
 Q, TABLE, SCALE = jnp.ones((2, 3, 2, 4)), jnp.ones((1, 2, 5, 4)), jnp.ones(2)
 
@@ -31,6 +34,13 @@ def test_dropout_of_rate_zero_is_none():
         q, tables, tables, scale=SCALE, dropout=Dropout(0.0, jax.random.key(0))
     )
     np.testing.assert_array_equal(dropped, persistent_read(q, tables, tables, scale=SCALE))
+
+
+def test_tiles_that_do_not_fit_are_refused_before_anything_is_compiled():
+    tiles = kernels.find_config(jnp.float32, 4, 4, rows=6, tables=2)
+    greedy = dataclasses.replace(tiles, block_rows=2**16)
+    with pytest.raises(KernelUnsupported, match="bytes of shared memory"):
+        persistent_read(Q, TABLE, TABLE, scale=SCALE, implementation="pallas", config=greedy)
 
 
 @pytest.mark.parametrize(
