@@ -143,6 +143,26 @@ def too_much_shared(kernel: str, needed: int) -> str | None:
     return f"{kernel} would use {needed} bytes of shared memory of the {limit} there are"
 
 
+def not_power_of_two(config: Any, *tiles: str) -> str | None:
+    """Say which size of a configuration is no power of two, or None.
+
+    A tile of another size fails with an error of Pallas; other numbers of warps abort the process.
+
+    Args:
+      config: launch configuration, a dataclass; its fields `...warps` are looked at anyway.
+      tiles: fields that are sides of tiles; products of matrices take 16 and more.
+    """
+    warps = [field.name for field in dataclasses.fields(config) if field.name.endswith("warps")]
+    for fields, least in ((tiles, 16), (warps, 1)):
+        for field in fields:
+            value = getattr(config, field)
+            if value != power_of_two(value, least):
+                return (
+                    f"its configuration has {field}={value}, which is no power of two from {least}"
+                )
+    return None
+
+
 def power_of_two(size: int, least: int = 16) -> int:
     """Return the smallest power of two that is at least `size` and `least` (tile sizes are)."""
     return max(least, 1 << max(size - 1, 0).bit_length())

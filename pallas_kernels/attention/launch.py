@@ -64,6 +64,9 @@ def unmet(
         config = config or find_config(dtype, width, value_width, length=length, rows=rows)
     except LookupError as error:
         return str(error).rstrip(".")
+    odd = _launch.not_power_of_two(config, "block_q", "block_k", "backward_q", "backward_k")
+    if odd:
+        return odd
     needed = shared_bytes(config, width, value_width, dtype, value_dtype)
     return _launch.too_much_shared(KERNEL, needed)
 

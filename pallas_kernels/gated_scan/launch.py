@@ -80,6 +80,6 @@ def unmet(x: Any, log_decay: Any, *, config: GatedScanConfig | None = None) -> s
         if reason is not None:
             return reason
     config = config or find_config(x.dtype, x.shape)
-    if config.block != _launch.power_of_two(config.block):
-        return f"its configuration has block={config.block}, which is no power of two from 16"
-    return None
+    if config.rows < 1 or config.programs < 1:
+        return f"its configuration has rows={config.rows} and programs={config.programs}, below 1"
+    return _launch.not_power_of_two(config, "block")

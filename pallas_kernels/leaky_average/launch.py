@@ -77,10 +77,9 @@ def unmet(x: Any, rate: Any, *, config: LeakyAverageConfig | None = None) -> str
     if reason is not None:
         return reason
     config = config or find_config(x.dtype, x.shape)
-    for field in ("chunk", "block"):
-        value = getattr(config, field)
-        if value != _launch.power_of_two(value):
-            return f"its configuration has {field}={value}, which is no power of two from 16"
+    odd = _launch.not_power_of_two(config, "chunk", "block")
+    if odd:
+        return odd
     return _launch.too_much_shared(NAME, shared_bytes(config, x.dtype, x.shape[-1]))
 
 

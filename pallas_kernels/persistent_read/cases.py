@@ -1,6 +1,7 @@
 """The kernels of the persistent read at the shapes of a table's entries."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +14,52 @@ from pallas_kernels.persistent_read.launch import PersistentReadConfig
 PAIRS = 1000
 """Stored pairs; not a multiple of any tile, so that the last one is masked."""
 RATE = 0.1
+KERNELS = {
+    "persistent_read_forward": forward,
+    "persistent_read_queries_gradient": queries_gradient,
+    "persistent_read_tables_gradient": tables_gradient,
+}
 
 
 def cases(entry: Entry) -> list[Case]:
-    """Return the three kernels, with dropout, launched as the entry says."""
-    rows, heads, width = entry.length, entry.rows, entry.width
-    dtype = jnp.dtype(entry.dtype)
+    """Return the three kernels launched as the entry says: in training, and over two banks.
 
-    def operand(shape: tuple[int, ...], of: jnp.dtype) -> jax.ShapeDtypeStruct:
+    The latter are without dropout, their values are narrower than the keys, and those of float32
+    keys are of half precision, as a model trained in it calls them.
+    """
+    return _cases(entry, "") + _cases(entry, "_banks")
+
+
+def _cases(entry: Entry, suffix: str) -> list[Case]:
+    several = bool(suffix)
+    rows, heads, width = entry.length, entry.rows, entry.width
+    banks, value_width = (2, width * 3 // 4) if several else (1, width)
+    wide, dtype = jnp.dtype(jnp.float32), jnp.dtype(entry.dtype)
+    value_dtype = jnp.dtype(jnp.bfloat16) if several and dtype == wide else dtype
+
+    def operand(*shape: int, of: Any = wide) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of)
 
-    wide = jnp.dtype(jnp.float32)
-    reads = operand((rows, heads, width), dtype)
-    table = operand((1, heads, PAIRS, width), dtype)
-    per_row = operand((1, heads, rows), wide)
-    inputs = (reads, table, table, operand((heads,), wide), operand((2,), jnp.dtype(jnp.uint32)))
-    options = functools.partial(
-        functools.partial,
-        rate=RATE,
-        precision=None,
-        config=PersistentReadConfig(**entry.config),
-        interpret=False,
+    per_row = operand(banks, heads, rows)
+    inputs = (
+        operand(rows, heads, width, of=dtype),
+        operand(banks, heads, PAIRS, width, of=dtype),
+        operand(banks, heads, PAIRS, value_width, of=value_dtype),
+        operand(heads),
+        operand(2, of=jnp.dtype(jnp.uint32)),
     )
-    backward = (*inputs, per_row, reads, per_row)
+    grad = operand(rows, heads, value_width, of=value_dtype)
+    options = {
+        "rate": 0.0 if several else RATE,
+        "precision": None,
+        "config": PersistentReadConfig(**entry.config),
+        "interpret": False,
+    }
     return [
-        Case("persistent_read_forward", options(forward), inputs),
-        Case("persistent_read_queries_gradient", options(queries_gradient), backward),
-        Case("persistent_read_tables_gradient", options(tables_gradient), backward),
+        Case(
+            name + suffix,
+            functools.partial(kernel, **options),
+            inputs if kernel is forward else (*inputs, per_row, grad, per_row),
+        )
+        for name, kernel in KERNELS.items()
     ]

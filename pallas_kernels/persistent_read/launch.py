@@ -49,7 +49,14 @@ def find_config(
 
 
 def unmet(
-    q_dtype: Any, value_dtype: Any, key_width: int, value_width: int, *, rows: int, tables: int
+    q_dtype: Any,
+    value_dtype: Any,
+    key_width: int,
+    value_width: int,
+    *,
+    rows: int,
+    tables: int,
+    config: PersistentReadConfig | None = None,
 ) -> str | None:
     """Say why the kernels cannot take a call, or None."""
     for dtype in (q_dtype, value_dtype):
@@ -57,9 +64,13 @@ def unmet(
         if why:
             return why
     try:
-        config = find_config(q_dtype, key_width, value_width, rows=rows, tables=tables)
+        config = config or find_config(q_dtype, key_width, value_width, rows=rows, tables=tables)
     except LookupError as error:  # no tiles of wide float32 heads fit the registers
         return str(error).rstrip(".")
+    tiles = ("block_rows", "block_pairs", "backward_rows", "backward_pairs")
+    odd = _launch.not_power_of_two(config, *tiles)
+    if odd:
+        return odd
     needed = shared_bytes(config, key_width, value_width, q_dtype, value_dtype)
     return _launch.too_much_shared(KERNEL, needed)
 

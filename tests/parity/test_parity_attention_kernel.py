@@ -38,6 +38,7 @@ HALF_GRADIENT = Budget(rtol=5e-2, atol=5e-2, rms=2e-2)
         (Size(length=15, width=40, value_width=80), {"lag": 1}),
         (Size(length=16), {"window": 5}),
         (Size(length=17, heads=4, groups=2, width=80, value_width=24), {"lag": 2}),
+        (Size(length=18, width=17, value_width=13), {}),  # no width is a multiple of anything
         (Size(length=53, batch=1), {}),
         (Size(length=53, batch=1), {"lag": 1, "window": 19}),
         (Size(length=53, batch=1, heads=1, groups=1), {"lag": 20, "window": 40}),
@@ -47,6 +48,15 @@ HALF_GRADIENT = Budget(rtol=5e-2, atol=5e-2, rms=2e-2)
 def test_rows(size: Size, rule: dict[str, Any]):
     args = inputs(size)
     check(run(args, **rule, **ON_KERNELS), direct(args, rows_visible(size, **rule)))
+
+
+def test_default_tiles():
+    """The shipped tiles of wide heads; the last one overhangs the row."""
+    size = Size(length=37, batch=1, width=128, value_width=128)
+    args = inputs(size)
+    args = args._replace(scale=args.scale / 8)  # logits of order 1, as of narrow heads
+    found = run(args, lag=1, implementation="pallas")
+    check(found, direct(args, rows_visible(size, lag=1)))
 
 
 def test_tiles_that_are_not_square():

@@ -87,6 +87,12 @@ def test_lengths_and_widths(length: int, width: int, form: str):
     check(x, start, **FORMS[form])
 
 
+def test_default_tiles():
+    """The shipped tiles: two blocks of channels, and two chunks, the last one partly filled."""
+    x, start, _ = inputs(1, 40, width=128)
+    check(x, start, implementation="pallas")
+
+
 def test_time_is_split():
     assert layout(SPLIT, (2, 69, 3, 40)).splits == 3
     assert layout(WHOLE, (2, 69, 3, 40)).splits == 1

@@ -115,8 +115,17 @@ def test_forward_and_gradients(size: Size):
     check(inputs(size), implementation="pallas", config=TILES)
 
 
-def test_default_tiles():
-    check(inputs(Size()), implementation="pallas")
+@pytest.mark.parametrize(
+    "size",
+    # Wide tiles are not square: 32 queries by 16 pairs in the backward kernels.
+    [Size(), Size(batch=1, length=37, banks=2, width=128, value_width=96)],
+    ids=str,
+)
+def test_default_tiles(size: Size):
+    args = inputs(size)
+    # Logits of one size at every width.
+    args = args._replace(scale=args.scale * (16 / size.width) ** 0.5)
+    check(args, implementation="pallas")
 
 
 def test_several_shares_of_the_queries():

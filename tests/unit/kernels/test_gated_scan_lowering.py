@@ -1,5 +1,7 @@
 """The gated-scan kernels lower for CUDA with every entry of their default table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,13 +28,21 @@ def test_every_entry_lowers(entry: Entry):
         assert kernel_names(lower_for_cuda(case.function, *case.operands)) == wanted
 
 
+def test_any_number_of_rows_lowers():
+    x = jax.ShapeDtypeStruct((2, 100, 72), jnp.float32)
+    run = functools.partial(
+        gated_scan, implementation="pallas", config=GatedScanConfig(rows=3, num_warps=1)
+    )
+    assert kernel_names(lower_for_cuda(run, x, x)) == ["gated_forward"]
+
+
 def test_the_table_has_every_dtype_and_narrow_and_wide_entries():
     for dtype in ("bfloat16", "float16", "float32"):
         assert {e.width for e in entries(NAME) if e.dtype == dtype} == {32, 64, 256}
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla"])
-def test_auto_takes_the_kernels_of_both_passes_under_vmap(implementation: str):
+@pytest.mark.parametrize("implementation", ["auto", "pallas", "xla"])
+def test_kernels_of_both_passes_are_called_under_vmap(implementation: str):
     x = jax.ShapeDtypeStruct((2, 3, 100, 72), jnp.bfloat16)
     log_decay = jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
@@ -41,6 +51,6 @@ def test_auto_takes_the_kernels_of_both_passes_under_vmap(implementation: str):
         return jnp.sum(run(x, log_decay).astype(jnp.float32))
 
     lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1)), x, log_decay)
-    wanted = ["gated_forward", "gated_backward"] if implementation == "auto" else []
+    wanted = [] if implementation == "xla" else ["gated_forward", "gated_backward"]
     assert kernel_names(lowered) == wanted
     assert ("while" in lowered.as_text()) is False

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _launch
+from pallas_kernels import _launch, attention, gated_scan, leaky_average, persistent_read
 from pallas_kernels._compat import (
     Precision,
     launch,
@@ -153,6 +154,82 @@ def test_preflight_says_what_is_not_met():
         assert too_much_shared("toy", 200000) == (
             "toy would use 200000 bytes of shared memory of the 166912 there are"
         )
+
+
+def test_preflight_looks_at_the_dtype_of_every_operand():
+    said = "kernels take bfloat16, float16, float32, not float64"
+    for dtypes in ((jnp.float32, jnp.float64), (jnp.float64, jnp.float32)):
+        assert attention.unmet(*dtypes, 64, 64, length=128, rows=4) == said
+        assert persistent_read.unmet(*dtypes, 64, 64, rows=128, tables=4) == said
+        operands = [jax.ShapeDtypeStruct((2, 128, 64), dtype) for dtype in dtypes]
+        assert gated_scan.unmet(*operands) == said
+
+
+def of_attention(**sizes: int) -> str | None:
+    call = {"length": 128, "rows": 4}
+    config = attention.find_config(jnp.float32, 64, 64, **call)
+    config = dataclasses.replace(config, **sizes)
+    return attention.unmet(jnp.float32, jnp.float32, 64, 64, **call, config=config)
+
+
+def of_persistent_read(**sizes: int) -> str | None:
+    call = {"rows": 128, "tables": 4}
+    config = persistent_read.find_config(jnp.float32, 64, 64, **call)
+    config = dataclasses.replace(config, **sizes)
+    return persistent_read.unmet(jnp.float32, jnp.float32, 64, 64, **call, config=config)
+
+
+def of_leaky_average(**sizes: int) -> str | None:
+    x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.float32)
+    return leaky_average.unmet(x, None, config=leaky_average.LeakyAverageConfig(**sizes))
+
+
+def of_gated_scan(**sizes: int) -> str | None:
+    x = jax.ShapeDtypeStruct((2, 128, 64), jnp.float32)
+    return gated_scan.unmet(x, x, config=gated_scan.GatedScanConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("unmet_with", "field"),
+    [
+        *((of_attention, f) for f in ("block_q", "block_k", "backward_q", "backward_k")),
+        *((of_persistent_read, f) for f in ("block_rows", "block_pairs")),
+        *((of_persistent_read, f) for f in ("backward_rows", "backward_pairs")),
+        *((of_leaky_average, f) for f in ("chunk", "block")),
+        (of_gated_scan, "block"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+@pytest.mark.parametrize("size", [8, 48])
+def test_preflight_refuses_tiles_that_are_no_power_of_two(
+    unmet_with: Callable[..., str | None], field: str, size: int
+):
+    said = f"its configuration has {field}={size}, which is no power of two from 16"
+    assert unmet_with(**{field: size}) == said
+    assert unmet_with(**{field: 32}) is None
+
+
+@pytest.mark.parametrize(
+    ("unmet_with", "field"),
+    [
+        *((of_attention, f) for f in ("num_warps", "backward_warps")),
+        *((of_persistent_read, f) for f in ("num_warps", "backward_warps")),
+        (of_leaky_average, "num_warps"),
+        (of_gated_scan, "num_warps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_preflight_refuses_warps_that_are_no_power_of_two(
+    unmet_with: Callable[..., str | None], field: str
+):
+    said = f"its configuration has {field}=3, which is no power of two from 1"
+    assert unmet_with(**{field: 3}) == said
+    assert unmet_with(**{field: 2}) is None
+
+
+def test_rows_of_the_gated_scan_are_an_unrolled_loop_and_no_tile():
+    assert of_gated_scan(rows=3) is None
+    assert of_gated_scan(rows=0) == "its configuration has rows=0 and programs=1056, below 1"
 
 
 def test_an_old_gpu_and_a_missing_backend_are_told(monkeypatch: pytest.MonkeyPatch):

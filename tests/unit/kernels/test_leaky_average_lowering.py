@@ -34,14 +34,19 @@ def test_the_table_has_split_and_whole_entries_of_every_dtype():
         assert {e.width for e in mine} == {16, 32, 64, 128, 256}
 
 
+@pytest.mark.parametrize("implementation", ["auto", "pallas", "xla"])
 @pytest.mark.parametrize(("dtype", "scaling"), [(jnp.float32, "sum"), (jnp.bfloat16, "normalised")])
-def test_auto_takes_the_kernels_of_both_passes_under_vmap(dtype: jnp.dtype, scaling: str):
+def test_kernels_of_both_passes_are_called_under_vmap(
+    dtype: jnp.dtype, scaling: str, implementation: str
+):
     x = jax.ShapeDtypeStruct((2, 3, 100, 2, 40), dtype)
     rate = jax.ShapeDtypeStruct((2,), jnp.float32)
 
     def loss(x: jax.Array, rate: jax.Array) -> jax.Array:
-        run = functools.partial(leaky_average, rate=rate, scaling=scaling)
+        options = {"scaling": scaling, "implementation": implementation}
+        run = functools.partial(leaky_average, rate=rate, **options)
         return jnp.sum(jax.vmap(run)(x)[0].astype(jnp.float32))
 
     lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1)), x, rate)
-    assert kernel_names(lowered) == ["leaky_forward", "leaky_backward"]
+    wanted = [] if implementation == "xla" else ["leaky_forward", "leaky_backward"]
+    assert kernel_names(lowered) == wanted

@@ -1,5 +1,6 @@
 """The kernels of the persistent read lower for CUDA, and refuse what they cannot take."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -18,12 +19,31 @@ from pallas_kernels.persistent_read.cases import cases
 from tests.helpers.lowering import kernel_names
 
 TABLE = entries("persistent_read")
+NAMES = [
+    "persistent_read_forward",
+    "persistent_read_queries_gradient",
+    "persistent_read_tables_gradient",
+]
 
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.dtype}-{e.width}")
 def test_every_entry_lowers(entry: Entry):
-    for case in cases(entry):
-        assert kernel_names(lower_for_cuda(case.function, *case.operands)) == [case.name]
+    found = [
+        (case.name, kernel_names(lower_for_cuda(case.function, *case.operands)))
+        for case in cases(entry)
+    ]
+    assert found == [(name + kind, [name]) for kind in ("", "_banks") for name in NAMES]
+
+
+def test_cases_hold_the_call_of_a_model_trained_in_half_precision():
+    """Float32 queries and keys, bfloat16 values, several banks, no dropout, and narrower values."""
+    entry = next(e for e in TABLE if e.dtype == "float32")
+    case = next(case for case in cases(entry) if case.name == "persistent_read_forward_banks")
+    q, keys, values, *_ = case.operands
+    assert (q.dtype, keys.dtype, values.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    assert (len(keys.shape), keys.shape[0]) == (4, 2)
+    assert values.shape[-1] < keys.shape[-1] == entry.width
+    assert case.function.keywords["rate"] == 0.0
 
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.dtype}-{e.width}")
@@ -34,9 +54,9 @@ def test_every_entry_fits(entry: Entry):
     assert find_config(dtype, width, width, rows=entry.length, tables=entry.rows) == config
 
 
-def shapes(width: int = 40, dtype: Any = jnp.float32) -> tuple[jax.ShapeDtypeStruct, ...]:
+def shapes(width: int = 40) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(
-        jax.ShapeDtypeStruct(shape, dtype)
+        jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in ((2, 33, 3, width), (2, 3, 70, width), (2, 3, 70, width))
     )
 
@@ -58,11 +78,7 @@ def test_a_step_on_a_gpu_calls_the_three_kernels(implementation: Any):
 
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     lowered = lower_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), *shapes(), key)
-    assert kernel_names(lowered) == [
-        "persistent_read_forward",
-        "persistent_read_queries_gradient",
-        "persistent_read_tables_gradient",
-    ]
+    assert kernel_names(lowered) == NAMES
 
 
 def test_shares_of_the_queries_keep_a_gpu_busy():
@@ -77,15 +93,22 @@ def test_shares_of_the_queries_keep_a_gpu_busy():
     [
         (shapes(width=264), "head widths to 256, not 264"),
         (shapes(width=256), "no launch configuration for float32 of width 256"),
-        (shapes(dtype=jnp.int8), "kernels take bfloat16, float16, float32, not int8"),
     ],
-    ids=["width", "float32-width", "dtype"],
+    ids=["width", "float32-width"],
 )
 def test_what_the_kernels_cannot_take(operands: tuple[Any, ...], message: str):
     with pytest.raises(KernelUnsupported, match=message):
-        explain("persistent_read", *operands, implementation="pallas")
+        explain("persistent_read", *operands, scale=jnp.ones(3), implementation="pallas")
     with stand_in_gpu():
-        assert explain("persistent_read", *operands).implementation == "xla"
+        choice = explain("persistent_read", *operands, scale=jnp.ones(3))
+    assert choice.implementation == "xla"
+
+
+def test_odd_tiles_are_said_by_the_op():
+    config = dataclasses.replace(PersistentReadConfig(**TABLE[0].config), block_pairs=48)
+    options = {"scale": jnp.ones(3), "implementation": "pallas", "config": config}
+    with pytest.raises(KernelUnsupported, match="block_pairs=48, which is no power of two"):
+        explain("persistent_read", *shapes(), **options)
 
 
 def test_nothing_to_read(monkeypatch: pytest.MonkeyPatch):
