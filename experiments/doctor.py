@@ -1,6 +1,7 @@
 """Say what is here and what will run: `python -m experiments.doctor`; paste it into bug reports."""
 
 import dataclasses
+import functools
 import importlib.util
 import platform
 import time
@@ -30,7 +31,10 @@ EXTRAS = {
     "wandb": ("wandb", "reports to Weights & Biases"),
     "cuda12": ("jax-cuda12-plugin", "NVIDIA GPUs, CUDA 12"),
     "cuda13": ("jax-cuda13-plugin", "NVIDIA GPUs, CUDA 13"),
+    "aot": ("jax-cuda13-plugin", "compilation for GPUs that are not here"),
 }
+# Sizes of the self tests by their letters: one token and one stored pair more than fit a chunk.
+SIZES = {"B": 2, "T": 65, "H": 2, "K": 16, "V": 16, "D": 32, "P": 33, "R": 2}
 # Float32 rounding of sums over 65 tokens; a wrong form is off by order 1.
 TOLERANCE = 1e-4
 
@@ -85,26 +89,15 @@ def _passes(name: str, run: Callable[[Implementation], Any]) -> bool:
 
 
 def self_tests() -> dict[str, Callable[[Implementation], Any]]:
-    """Return ops that can be called with the name of an implementation."""
-    import jax
-    import jax.numpy as jnp
+    """Return every op that is measured, to be called with the name of an implementation."""
+    from jaxmem.reports.benchmark.cases import OPS, Case, Op
 
-    from jaxmem.ops.attention import attention
-    from jaxmem.ops.leaky_average import leaky_average
-    from jaxmem.ops.persistent_read import persistent_read
+    def run(op: Op, form: Implementation) -> Any:
+        shape = {letter: SIZES[letter] for letter in op.small[0]}
+        operands = Case(op, shape, "float32", small=True).operands
+        return op.call(*operands.values(), implementation=form)
 
-    shape = (2, 65, 2, 16)  # one token more than a chunk
-    q, k, v = jax.random.normal(jax.random.key(0), (3, *shape))
-    rate = jnp.asarray([0.1, 1.0])
-    stored = jax.random.normal(jax.random.key(1), (2, 2, 2, 33, 16))  # keys and values, two banks
-    scale = jnp.asarray([0.25, 1.0])
-    return {
-        "leaky_average": lambda form: leaky_average(q, rate, implementation=form)[0],
-        "attention": lambda form: attention(q, k, v, scale=0.25, implementation=form),
-        "persistent_read": lambda form: persistent_read(
-            q, *stored, scale=scale, implementation=form
-        ),
-    }
+    return {op.name: functools.partial(run, op) for op in OPS}
 
 
 def _version(distribution: str) -> str | None:

@@ -1,5 +1,7 @@
 """What people write without a special op: measured beside the implementations."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -40,6 +42,32 @@ def leaky_average_by_matrix(x: Array, rate: Array) -> Array:
     return jnp.einsum("hij,bjhk->bihk", weights, x)
 
 
+def weighted_average_by_pairs(values: Array, log_weight: Array, log_decay: Array) -> Array:
+    """Weighted average of values [B T H V] as a quotient of sums by `lax.associative_scan`.
+
+    Without a running maximum: only weights whose exponentials fit float32.
+    """
+    decay, weight = (jnp.exp(a.astype(jnp.float32)) for a in (log_decay, log_weight))
+    total = scan_by_pairs(jnp.broadcast_to(decay, values.shape), weight * values)
+    return (total / scan_by_pairs(decay, weight)).astype(values.dtype)
+
+
 def jax_attention(q: Array, k: Array, v: Array) -> Array:
     """Causal attention by `jax.nn.dot_product_attention` in plain XLA."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+def jax_kernel_attention(q: Array, k: Array, v: Array, *, interpret: bool = False) -> Array:
+    """Causal attention by JAX's own Pallas kernel, launched through Triton as ours is.
+
+    Raises:
+      ImportError: this JAX has no such kernel any more.
+      ValueError: the length is not a multiple of its tiles.
+    """
+    with warnings.catch_warnings():
+        # JAX names another package as its successor; until it is gone it is the nearest peer.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import mha
+
+    scale = q.shape[-1] ** -0.5
+    return mha(q, k, v, None, sm_scale=scale, causal=True, interpret=interpret)

@@ -15,6 +15,7 @@ from jaxmem.ops.attention import attention
 from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.leaky_average import leaky_average
 from jaxmem.ops.persistent_read import persistent_read
+from jaxmem.ops.weighted_average import weighted_average
 from jaxmem.reports.benchmark import baselines, exact
 from jaxmem.reports.benchmark.work import Work, recurrence, softmax_read
 
@@ -39,6 +40,8 @@ class Op:
     small: tuple[Shape, ...]
     """For a CPU."""
     baselines: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    gpu_baselines: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    """Those that run on a GPU only; they may refuse a call with ImportError or ValueError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +70,24 @@ class Case:
 
     def forms(self) -> tuple[dict[str, Form], dict[str, str]]:
         """Return what can be measured by name, and why the rest cannot."""
-        forms, refused = {}, {}
-        for name in dispatch.implementations(self.op.name):
-            why = self._refusal(name)
-            if why is None:
-                forms[name] = functools.partial(self.op.call, implementation=name)
-            else:
-                refused[name] = why
-        return forms | dict(self.op.baselines), refused
+        forms: dict[str, Form] = {
+            name: functools.partial(self.op.call, implementation=name)
+            for name in dispatch.implementations(self.op.name)
+        }
+        forms |= {**self.op.baselines, **self.op.gpu_baselines}
+        refused = {name: why for name, form in forms.items() if (why := self._refusal(name, form))}
+        return {name: form for name, form in forms.items() if name not in refused}, refused
 
-    def _refusal(self, implementation: Any) -> str | None:
-        """Ask the op itself, by tracing a call: it knows best what it hands to its kernels."""
-        if implementation in dispatch.KERNELS and jax.default_backend() == "cpu":
-            note = "; interpreted kernels are not timed" if implementation == "pallas" else ""
+    def _refusal(self, name: str, form: Form) -> str | None:
+        """Ask the form itself, by tracing a call: it knows best what it hands to its kernels."""
+        on_gpu_only = (*dispatch.KERNELS, *self.op.gpu_baselines)
+        if name in on_gpu_only and jax.default_backend() == "cpu":
+            note = "; interpreted kernels are not timed" if name == "pallas" else ""
             return f"no GPU here{note}"
-        call = functools.partial(self.op.call, implementation=implementation)
+        refusals = (ImportError, ValueError) if name in self.op.gpu_baselines else ()
         try:
-            jax.eval_shape(call, *self.operands.values())
-        except dispatch.KernelUnsupported as error:
+            jax.eval_shape(form, *self.operands.values())
+        except (dispatch.KernelUnsupported, *refusals) as error:
             return str(error)
         return None
 
@@ -130,6 +133,15 @@ def _draw_gated(draw: np.random.Generator, s: Shape) -> dict[str, np.ndarray]:
     return {"x": draw.normal(size=size), "log_decay": -np.logaddexp(0, -3 - draw.normal(size=size))}
 
 
+def _draw_weighted(draw: np.random.Generator, s: Shape) -> dict[str, np.ndarray]:
+    per_head = (s["B"], s["T"], s["H"], 1)
+    return {
+        "values": draw.normal(size=(*per_head[:3], s["V"])),
+        "log_weight": draw.normal(size=per_head),
+        "log_decay": -np.logaddexp(0, -3 - draw.normal(size=per_head)),
+    }
+
+
 def _draw_attention(draw: np.random.Generator, s: Shape) -> dict[str, np.ndarray]:
     return {name: draw.normal(size=(s["B"], s["T"], s["H"], s["K"])) for name in ("q", "k", "v")}
 
@@ -149,11 +161,17 @@ def _elements(s: Shape) -> int:
 
 
 def _leaky_work(s: Shape, itemsize: int) -> Work:
-    return recurrence(_elements(s), itemsize, gates=False)
+    return recurrence(_elements(s), itemsize, gates=0)
 
 
 def _gated_work(s: Shape, itemsize: int) -> Work:
-    return recurrence(s["B"] * s["T"] * s["D"], itemsize, gates=True)
+    elements = s["B"] * s["T"] * s["D"]
+    return recurrence(elements, itemsize, gates=elements)
+
+
+def _weighted_work(s: Shape, itemsize: int) -> Work:
+    tokens = s["B"] * s["T"] * s["H"]
+    return recurrence(tokens * s["V"], itemsize, gates=2 * tokens)
 
 
 def _attention_work(s: Shape, itemsize: int) -> Work:
@@ -209,6 +227,18 @@ OPS = (
         baselines={"associative_scan": baselines.gated_scan_by_pairs},
     ),
     Op(
+        name="weighted_average",
+        draw=_draw_weighted,
+        call=lambda values, log_weight, log_decay, *, implementation: weighted_average(
+            values, log_weight, log_decay, implementation=implementation
+        )[0],
+        exact=exact.weighted_average,
+        work=_weighted_work,
+        shapes=({"B": 8, "T": 2048, "H": 16, "V": 64}, {"B": 1, "T": 32768, "H": 16, "V": 64}),
+        small=({"B": 2, "T": 1024, "H": 4, "V": 32},),
+        baselines={"associative_scan": baselines.weighted_average_by_pairs},
+    ),
+    Op(
         name="attention",
         draw=_draw_attention,
         call=lambda q, k, v, *, implementation: attention(
@@ -223,6 +253,7 @@ OPS = (
         ),
         small=({"B": 2, "T": 256, "H": 4, "K": 32},),
         baselines={"jax.nn xla": baselines.jax_attention},
+        gpu_baselines={"jax pallas mha": baselines.jax_kernel_attention},
     ),
     Op(
         name="persistent_read",

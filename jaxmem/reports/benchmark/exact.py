@@ -36,6 +36,23 @@ def gated_scan(x: Array, log_decay: Array) -> Array:
     return jnp.moveaxis(lax.scan(step, jnp.zeros_like(x[:, 0]), moved)[1], 0, 1)
 
 
+def weighted_average(values: Array, log_weight: Array, log_decay: Array) -> Array:
+    """a_t / q_t, sums of e^k v and of e^k that both decay by e^w; values [B T H V], k, w [B T H 1].
+
+    No maximum is taken out: in float64 the weights that are drawn here do not overflow.
+    """
+
+    def step(sums: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple:
+        v, weight, decay = inputs
+        a, q = decay * sums[0] + weight * v, decay * sums[1] + weight
+        return (a, q), a / q
+
+    streams = (values, jnp.exp(log_weight), jnp.exp(log_decay))
+    start = (jnp.zeros_like(values[:, 0]), jnp.zeros_like(log_weight[:, 0]))
+    moved = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), streams)
+    return jnp.moveaxis(lax.scan(step, start, moved)[1], 0, 1)
+
+
 def causal_attention(q: Array, k: Array, v: Array) -> Array:
     """softmax(q kᵀ / √K) v, each query over the keys up to its own place."""
     places = jnp.arange(q.shape[1])

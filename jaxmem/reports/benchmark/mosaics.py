@@ -31,29 +31,36 @@ Form = Literal["recurrence", "T x T matrix"]
 class Row(NamedTuple):
     """A line of the authors' tables."""
 
+    table: str
+    """Title of the table that it stands in."""
     preset: str
     values: Literal["conv", "mix"]
     """Value extractor: `linearconv` or `lowrlinearconv` in the authors' terms."""
     block: int
     batch: int
     form: Form
-    published: Mapping[str, float] | None = None
-    """Milliseconds and GB, compiled, on two Quadro GV100."""
+    published_ms: float
+    """Compiled, on two Quadro GV100."""
+    published_gb: float
 
 
+_FORMS, _LARGER = "Recurrence against T x T matrix", "Larger models"
 ROWS = (
-    Row("mm_library", "conv", 512, 8, "recurrence", {"ms": 189, "gb": 7.7}),
-    Row("mm_library", "conv", 512, 8, "T x T matrix", {"ms": 190, "gb": 9.4}),
-    Row("mm_library", "conv", 2048, 2, "recurrence", {"ms": 247, "gb": 9.0}),
-    Row("mm_library", "conv", 2048, 2, "T x T matrix", {"ms": 301, "gb": 17.4}),
-    Row("mm_354m", "mix", 1024, 1, "recurrence", {"ms": 254, "gb": 9.1}),
-    Row("mm_756m", "mix", 1024, 1, "recurrence", {"ms": 439, "gb": 16.2}),
-    Row("mm_354m", "mix", 2048, 1, "recurrence", {"ms": 415, "gb": 12.9}),
+    Row(_FORMS, "mm_babistories", "conv", 512, 8, "recurrence", 189, 7.7),
+    Row(_FORMS, "mm_babistories", "conv", 512, 8, "T x T matrix", 190, 9.4),
+    Row(_FORMS, "mm_babistories", "conv", 2048, 2, "recurrence", 247, 9.0),
+    Row(_FORMS, "mm_babistories", "conv", 2048, 2, "T x T matrix", 301, 17.4),
+    Row(_LARGER, "mm_354m", "mix", 1024, 1, "recurrence", 254, 9.1),
+    Row(_LARGER, "mm_756m", "mix", 1024, 1, "recurrence", 439, 16.2),
+    Row(_LARGER, "mm_354m", "mix", 2048, 1, "recurrence", 415, 12.9),
 )
 STEP_DEVICE = "NVIDIA H200"
 """Device that full-size steps are compiled for where there is none."""
 PRESETS = tuple(dict.fromkeys(row.preset for row in ROWS))
-_PUBLISHED = "Published: compiled, float16, two Quadro GV100, batch per GPU (Memory Mosaics)."
+_NOTES = (
+    "Published: compiled, float16, two Quadro GV100, batch per GPU (Memory Mosaics).",
+    "Values: conv is the authors' linearconv, mix their lowrlinearconv.",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,9 +175,9 @@ def run_mosaics(models: Mapping[str, DecoderConfig], *, rounds: int) -> result.R
     for number, row in enumerate(ROWS, 1):
         print(f"[{number}/{len(ROWS)}] {row.preset} {row.block} {row.form}", file=sys.stderr)
         cells.append(_measured(row, build(row, models), small=not on_gpu, rounds=rounds))
-    notes = [_PUBLISHED]
+    notes: list[str] = [*_NOTES]
     if not on_gpu:
-        notes.insert(0, "Small models on a CPU (two layers, width 64, a quarter of the block).")
+        notes.append("Reduced: on a CPU, two layers of width 64 and a quarter of the block.")
         predicted, note = predict(models)
         cells += predicted
         notes.append(note)
@@ -227,6 +234,7 @@ def _keeping(compiled: Any, state: Any, tokens: jax.Array) -> Callable[[], jax.A
 
 def _cell(row: Row, step: Step, peak: int, *, small: bool) -> dict[str, Any]:
     return {
+        "table": row.table,
         "model": f"{row.preset} (reduced)" if small else row.preset,
         "parameters": step.parameters,
         "values": row.values,
@@ -237,5 +245,5 @@ def _cell(row: Row, step: Step, peak: int, *, small: bool) -> dict[str, Any]:
         "ms": None,
         "spread": None,
         "peak_bytes": peak,
-        "published": None if small else dict(row.published or {}),
+        "published": {"block": row.block, "ms": row.published_ms, "gb": row.published_gb},
     }

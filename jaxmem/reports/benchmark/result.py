@@ -89,25 +89,30 @@ def _op_row(cell: Result) -> list[str]:
 
 
 def _mosaics(result: Result) -> str:
-    columns = ["model", "parameters", "block", "batch", "leaky average", "ms/step"]
-    columns += ["peak GB", "published ms", "published GB"]
-    rows = []
-    for cell in result["cells"]:
-        ms = "not run" if cell["ms"] is None else f"{cell['ms']:.4g} ± {cell['spread']:.0%}"
-        published = cell["published"] or {}
-        rows.append(
-            [
-                cell["model"],
-                f"{cell['parameters'] / 1e6:.1f} M",
-                str(cell["block"]),
-                str(cell["batch"]),
-                cell["form"],
-                ms,
-                f"{cell['peak_bytes'] / 1e9:.2f}",
-                *(f"{published[key]:g}" if key in published else "" for key in ("ms", "gb")),
-            ]
-        )
-    return "\n".join([markdown(columns, rows), "", *result["notes"]])
+    columns = ["model", "parameters", "values", "block", "batch", "leaky average", "precision"]
+    columns += ["ms/step", "peak GB"]
+    columns += [f"published at full size: {name}" for name in ("block", "ms", "GB")]
+    parts = []
+    for title in dict.fromkeys(cell["table"] for cell in result["cells"]):
+        rows = [_mosaics_row(cell) for cell in result["cells"] if cell["table"] == title]
+        parts += [f"{title}:", "", markdown(columns, rows), ""]
+    return "\n".join([*parts, *result["notes"]])
+
+
+def _mosaics_row(cell: Result) -> list[str]:
+    ms = "not run" if cell["ms"] is None else f"{cell['ms']:.4g} ± {cell['spread']:.0%}"
+    return [
+        cell["model"],
+        f"{cell['parameters'] / 1e6:.1f} M",
+        cell["values"],
+        str(cell["block"]),
+        str(cell["batch"]),
+        cell["form"],
+        cell["precision"],
+        ms,
+        f"{cell['peak_bytes'] / 1e9:.2f}",
+        *(f"{cell['published'][key]:g}" for key in ("block", "ms", "gb")),
+    ]
 
 
 def _compiled(result: Result) -> str:

@@ -37,15 +37,19 @@ def floor_ms(work: Pass, ceilings: Ceilings) -> float:
     return 1e3 * max(work.bytes / ceilings.copy, work.flops / ceilings.matmul)
 
 
-def recurrence(elements: int, itemsize: int, *, gates: bool) -> Work:
-    """Work of a diagonal recurrence; with a gate per element, or one decay per head.
+def recurrence(elements: int, itemsize: int, *, gates: int) -> Work:
+    """Work of a diagonal recurrence.
 
-    Forward reads x (and the gates) and writes h. Backward reads dh and h (and the gates) and writes
-    dx (and those of the gates).
+    Forward reads x and the gates and writes h. Backward reads dh, h and the gates and writes dx and
+    the gradients of the gates.
+
+    Args:
+      elements: of x and of h.
+      itemsize: bytes per element.
+      gates: numbers that say how the state decays and what is added; those per head do not count.
     """
-    forward, backward = (3, 5) if gates else (2, 3)
-    moved = elements * itemsize
-    return Work(Pass(forward * moved, 2 * elements), Pass(backward * moved, 4 * elements))
+    forward, backward = 2 * elements + gates, 3 * elements + 2 * gates
+    return Work(Pass(forward * itemsize, 2 * elements), Pass(backward * itemsize, 4 * elements))
 
 
 def softmax_read(

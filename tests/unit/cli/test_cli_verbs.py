@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 from flax import nnx
@@ -11,9 +13,12 @@ from experiments import cli, doctor, evaluate, sample, zoo
 from jaxmem.data.config import DataConfig
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.mixers.base import names as mixer_names
+from jaxmem.ops import dispatch
 from jaxmem.tasks.language_modeling import LanguageModeling
 from jaxmem.training.model import LoadedRun
 from tests.unit.generate.stand_in import StandIn, StandInConfig
+
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def call(capsys, verb, *args):
@@ -115,8 +120,16 @@ def test_doctor_reports_and_passes(capsys):
     code, out, _ = call(capsys, doctor.main)
     for word in ("jaxmem", "jax 0", "devices", "leaky_average: xla", "attention: xla", "corpus"):
         assert word in out
-    assert out.count(": ok") == 3
+    assert out.count(": ok") == 5
     assert code == 0
+
+
+def test_doctor_knows_every_op_and_every_extra_of_users():
+    ops = {line.partition(":")[0] for line in dispatch.explain_all()}
+    assert set(doctor.self_tests()) == ops
+    project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+    developers = {"dev", "lint", "docs"}
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - developers
 
 
 @pytest.mark.usefixtures("no_cache")

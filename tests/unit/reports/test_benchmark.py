@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,20 @@ import pytest
 import configs
 from experiments import benchmark, cli
 from jaxmem.errors import ConfigError
-from jaxmem.reports.benchmark import cases, cells, compiled, mosaics, ops, result, timing, tune
+from jaxmem.reports.benchmark import (
+    baselines,
+    cases,
+    cells,
+    compiled,
+    mosaics,
+    ops,
+    result,
+    timing,
+    tune,
+)
 from jaxmem.reports.benchmark.work import Ceilings, floor_ms
 from pallas_kernels import _deviceless
+from pallas_kernels._compat import stand_in_gpu
 from pallas_kernels._deviceless import KernelUse
 from pallas_kernels._launch import Entry, entries
 
@@ -29,6 +41,8 @@ SLOW = Ceilings(copy=1e9, matmul=1e9)
         # Microseconds by hand: elements x 2 bytes x passes / 4.3 TB/s, or FLOPs / 790 TFLOP/s.
         ("leaky_average", {"B": 8, "T": 2048, "H": 16, "K": 64}, 15.6, 23.4),
         ("gated_scan", {"B": 1, "T": 32768, "D": 1024}, 46.8, 78.0),
+        # 2 x 16.8 M elements and as many weights and decays as heads: 68.2 MB; back 102.8 MB.
+        ("weighted_average", {"B": 8, "T": 2048, "H": 16, "V": 64}, 15.85, 23.9),
         ("attention", {"B": 8, "T": 2048, "H": 16, "K": 64}, 87, 217),
         ("attention", {"B": 1, "T": 32768, "H": 16, "K": 64}, 2784, 6959),
         # 2 x 4096 queries x 2688 pairs x (64 + 64) x 12 heads = 33.8 GFLOP; backward 2.5 times.
@@ -83,6 +97,41 @@ def test_what_needs_too_much_memory_is_not_run(monkeypatch: pytest.MonkeyPatch):
     assert found["status"] == "skipped"
     assert "of memory" in found["reason"]
     assert "errors" not in found
+
+
+def test_what_does_not_compile_is_listed(monkeypatch: pytest.MonkeyPatch):
+    def greedy(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+    monkeypatch.setattr(timing, "compile_program", greedy)
+    found = by_form(tiny(baselines={}))["xla"]
+    assert found["status"] == "skipped"
+    assert found["reason"].startswith("forward does not compile: RESOURCE_EXHAUSTED")
+
+
+def attention_of(length: int) -> cases.Case:
+    shape = {"B": 1, "T": length, "H": 2, "K": 16}
+    return cases.Case(cases.find_op("attention"), shape, "float32", small=True)
+
+
+def test_a_kernel_of_others_is_a_baseline_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    assert attention_of(256).forms()[1]["jax pallas mha"] == "no GPU here"
+    with stand_in_gpu():
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert "jax pallas mha" in attention_of(256).forms()[0]
+        forms, refused = attention_of(200).forms()
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.ops.gpu.attention", None)
+        gone = attention_of(384).forms()[1]  # a length that is not traced yet
+    assert "jax pallas mha" not in forms
+    assert "must be a multiple of" in refused["jax pallas mha"]
+    assert "import of jax.experimental.pallas.ops.gpu.attention" in gone["jax pallas mha"]
+
+
+def test_a_kernel_of_others_computes_the_same():
+    operands = tuple(attention_of(16).operands.values())
+    found = baselines.jax_kernel_attention(*operands, interpret=True)
+    expected = cases.find_op("attention").exact(*operands)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_kernels_are_not_timed_where_they_are_interpreted():
@@ -194,7 +243,8 @@ def test_compile_report_without_the_compiler(capsys, monkeypatch):
 
 def test_compile_report_tells_the_worst_of_an_entry(monkeypatch: pytest.MonkeyPatch):
     entry = entries("persistent_read")[0]
-    uses = iter([[KernelUse("a", (1,), 128, 1000)], [KernelUse("b", (1,), 256, 3000)], []])
+    first, second = [KernelUse("a", (1,), 128, 1000)], [KernelUse("b", (1,), 256, 3000)]
+    uses = iter([first, second, *[[]] * 4])
     monkeypatch.setattr(_deviceless, "kernel_uses", lambda *_: next(uses))
 
     def compile_for(kind: str, function: Any, *operands: Any, spills: bool) -> None:
@@ -205,11 +255,10 @@ def test_compile_report_tells_the_worst_of_an_entry(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_deviceless, "compile_for", compile_for)
     cell = compiled.compile_entry("persistent_read", entry, "NVIDIA H100")
     assert (cell["shared_bytes"], cell["threads"]) == (3000, 256)
-    assert cell["problem"] == "persistent_read_tables_gradient: spills registers"
+    name, why = "persistent_read_tables_gradient", "spills registers"
+    assert cell["problem"] == f"{name}: {why}; {name}_banks: {why}"
     report = result.environment() | {"kind": "compile_report", "cells": [cell], "steps": []}
-    assert "| 3,000 | 256 | persistent_read_tables_gradient: spills registers |" in result.table(
-        report
-    )
+    assert f"| 3,000 | 256 | {cell['problem']} |" in result.table(report)
 
 
 MODELS = {name: configs.load(name).model for name in mosaics.PRESETS}
@@ -256,18 +305,35 @@ def test_memory_counts_donated_arrays_once():
     assert mosaics.peak_bytes(memory) == 16
 
 
-def test_table_of_training_steps(monkeypatch: pytest.MonkeyPatch):
+def test_tables_of_training_steps_keep_the_published_numbers(monkeypatch: pytest.MonkeyPatch):
+    """Two tables as in the document, on a CPU that cannot compile for a GPU either."""
     monkeypatch.setattr(_deviceless, "missing", lambda: "nothing is installed")
-    step = mosaics.small_step(mosaics.ROWS[0], MODELS)
-    small = mosaics._cell(mosaics.ROWS[0], step, 2 * 10**9, small=True) | {"ms": 3.0, "spread": 0.1}
-    full = mosaics._cell(mosaics.ROWS[0], step, 10**9, small=False)
-    notes = [mosaics.predict(MODELS)[1]]
+
+    def measured(row: mosaics.Row, step: mosaics.Step, **options: Any) -> dict[str, Any]:
+        cell = mosaics._cell(row, step, 2 * 10**9, small=options["small"])
+        return cell | {"ms": 3.0, "spread": 0.1}
+
+    monkeypatch.setattr(mosaics, "_measured", measured)
+    _, first, second = result.table(mosaics.run_mosaics(MODELS, rounds=1)).split(":\n\n")
+    shared = "conv | 128 | 8 | recurrence | float32 | 3 ± 10% | 2.00 | 512 | 189 | 7.7 |"
+    assert f"| mm_babistories (reduced) | 0.1 M | {shared}" in first
+    assert "published at full size: ms" in first
+    assert [line.count("mm_babistories (reduced)") for line in first.splitlines()].count(1) == 4
+    assert "T x T matrix | float32 | 3 ± 10% | 2.00 | 2048 | 301 | 17.4 |" in first
+    assert first.endswith("\n\nLarger models")
+    assert second.count("| mix |") == 3
+    for published in ("1024 | 254 | 9.1", "1024 | 439 | 16.2", "2048 | 415 | 12.9"):
+        assert f"| 1 | recurrence | float32 | 3 ± 10% | 2.00 | {published} |" in second
+    assert "not predicted: nothing is installed" in second
+
+
+def test_a_step_that_is_only_compiled_was_not_run():
+    row = mosaics.ROWS[0]
+    full = mosaics._cell(row, mosaics.small_step(row, MODELS), 10**9, small=False)
     text = result.table(
-        result.environment() | {"kind": "memory_mosaics", "cells": [small, full], "notes": notes}
+        result.environment() | {"kind": "memory_mosaics", "cells": [full], "notes": []}
     )
-    assert "| mm_library (reduced) | 0.1 M | 128 | 8 | recurrence | 3 ± 10% | 2.00 |  |  |" in text
-    assert "| not run | 1.00 | 189 | 7.7 |" in text
-    assert "not predicted: nothing is installed" in text
+    assert "| not run | 1.00 | 512 | 189 | 7.7 |" in text
 
 
 ENTRY = Entry("bfloat16", 64, 2048, 16, {"block": 64, "num_warps": 4, "num_stages": 3})
