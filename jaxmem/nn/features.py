@@ -34,8 +34,8 @@ def check_extractor(kind: str, kernel_size: int, path: str) -> None:
         raise ConfigError(f"{path}_kernel_size={kernel_size}. Use 1 (the token alone) or more.")
     if kind == "mix" and kernel_size > 2:
         raise ConfigError(
-            f"{path}_kernel_size={kernel_size} with {path}_extractor='mix', which mixes two tokens. "
-            "Leave it at its default, or use the extractor 'conv'."
+            f"{path}_kernel_size={kernel_size} with {path}_extractor='mix', which mixes two "
+            "tokens. Leave it at its default, or use the extractor 'conv'."
         )
 
 

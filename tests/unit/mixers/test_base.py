@@ -18,7 +18,7 @@ def mixer(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_activations_are_floating_point(mixer):
-    with pytest.raises(DTypeError, match="Attention: x is int32.*Cast it to float32 or bfloat16"):
+    with pytest.raises(DTypeError, match=r"Attention: x is int32.*Cast it to float32 or bfloat16"):
         mixer(jnp.ones((2, 3, 32), jnp.int32))
 
 

@@ -178,8 +178,8 @@ def test_explain_takes_the_arguments_of_the_call_and_says_what_it_does(op: str, 
 @pytest.mark.parametrize("op", OPS)
 def test_explain_takes_no_other_arguments_than_the_call(op: str):
     _, operands, options = CALLS[op][0]
-    with pytest.raises(TypeError, match="widnow"):
-        explain(op, *operands, **options, widnow=3)
+    with pytest.raises(TypeError, match="windows"):
+        explain(op, *operands, **options, windows=3)
     with pytest.raises(TypeError, match="missing"):
         explain(op, operands[0])
 
