@@ -3,8 +3,8 @@
 Source: Memory Mosaics (arXiv 2405.06394), sec. 6, curves by depth; here on made-up stories.
 Parameters: 0.0152 M
 Time: under 1 min on 2 CPU cores
-Result: validation loss 0.711 ± 0.004 at step 4000 (three seeds); gpt_depth_1 0.949 ± 0.007. The
-gap of 0.24 shrinks to 0.03 at four blocks and 0.02 at eight; see docs/figures/mm_depth.md.
+Result: validation loss 0.716 ± 0.011 at step 4000 (three seeds); gpt_depth_1 0.946 ± 0.008. The
+gap of 0.23 shrinks to 0.02 at eight blocks; see docs/figures/mm_depth.md.
 """
 
 from jaxmem.backbones.decoder import DecoderConfig

@@ -3,7 +3,7 @@
 Source: Memory Mosaics (arXiv 2405.06394), sec. 6, curves by depth; here on made-up stories.
 Parameters: 0.0276 M
 Time: 1 min on 2 CPU cores
-Result: validation loss 0.658 at step 4000 (one seed).
+Result: validation loss 0.662 at step 4000 (one seed).
 """
 
 from jaxmem.backbones.decoder import DecoderConfig

@@ -3,7 +3,7 @@
 Source: Memory Mosaics (arXiv 2405.06394), sec. 5, at CPU size: context 240 and batch 16 instead of
 800 and 64.
 Parameters: 108
-Time: 1 min on 2 CPU cores
+Time: under 1 min on 2 CPU cores
 Result: mean error between the slowest orbit and the system's period 0.186 to 0.221 on a training
 system and 0.143 to 0.149 on the unseen one, beyond it 0.024 to 0.055 (three seeds; the authors'
 equations 0.291 and 0.140, then 0.042 and 0.027).

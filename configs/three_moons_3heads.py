@@ -3,7 +3,7 @@
 Source: Memory Mosaics (arXiv 2405.06394), sec. 5, at CPU size: context 240 and batch 16 instead of
 800 and 64.
 Parameters: 108
-Time: 2 min on 2 CPU cores
+Time: under 1 min on 2 CPU cores
 Result: mean error between the slowest orbit and the system's period 0.009 to 0.031 on a training
 system and 0.013 to 0.035 on the unseen one (three seeds; the authors' equations 0.033 to 0.060).
 """
