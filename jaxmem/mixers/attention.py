@@ -15,7 +15,7 @@ from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, check_dropout, dropout, weight_dropout
-from jaxmem.ops.attention import Places, attention, places_in_row
+from jaxmem.ops.attention import Places, attention
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.segments import last_real, poison_rows, spans
 from jaxmem.shapes import Activations, RowInts, SegmentIds
@@ -100,13 +100,12 @@ class Attention(Mixer):
             ids = cache.continued(segment_ids, state.segment, x.shape[1])
             state, places = _store(state, k, v, ids)
             k, v = state.keys.astype(k.dtype), state.values.astype(v.dtype)
-        elif segment_ids is not None:
-            places = places_in_row(segment_ids)
         read = attention(
             q,
             k,
             v,
             scale=1.0 / math.sqrt(q.shape[-1]),
+            segment_ids=segment_ids if state is None else None,  # places hold documents too
             places=places,
             dropout=weight_dropout(self.config.dropout, rngs),
             implementation=implementation,

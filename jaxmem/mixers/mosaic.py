@@ -38,7 +38,7 @@ from jaxmem.nn.heads import check_heads, merge_heads
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, check_dropout, dropout, weight_dropout
 from jaxmem.nn.window import History
-from jaxmem.ops.attention import Places, attention, places_in_row
+from jaxmem.ops.attention import Places, attention
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.persistent_read import persistent_read
 from jaxmem.ops.segments import last_real, poison_rows, spans
@@ -225,8 +225,7 @@ class ContextualMemory(Mixer):
             implementation=implementation,
         )
         if state is None:
-            stored_keys, values = keys, self.value(x, segment_ids)
-            places = None if segment_ids is None else places_in_row(segment_ids)
+            stored_keys, values, places = keys, self.value(x, segment_ids), None
         else:
             completed, history = self.value.completed(
                 x, state.history, segment_ids=segment_ids, initial_segment=state.segment
@@ -241,6 +240,7 @@ class ContextualMemory(Mixer):
             values,
             scale=self.key.logit_scale(),
             lag=self.config.lag,
+            segment_ids=segment_ids if state is None else None,  # places hold documents too
             places=places,
             dropout=weight_dropout(self.config.read_dropout, rngs),
             implementation=implementation,
