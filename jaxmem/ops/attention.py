@@ -25,13 +25,14 @@ from jaxmem.ops.attention_terms import (
     Extras,
     Places,
     Rule,
-    cumulative,
+    gates_at,
     places_in_row,
 )
 from jaxmem.ops.attention_xla import Gradients, Read, cotangents, delta_of
 from jaxmem.ops.checks import (
     active_dropout,
     check_axes,
+    check_clamp,
     check_documents,
     check_floating,
     check_precision,
@@ -53,6 +54,7 @@ __all__ = ["Dropout", "Places", "attention", "attention_with_lse", "places_in_ro
 GroupKeys = Float[Array, "B S G K"]
 GroupValues = Float[Array, "B S G V"]
 LogForget = Float[Array, "B S H"]
+ValueGate = Float[Array, "B S H"]
 
 
 def attention(
@@ -66,6 +68,8 @@ def attention(
     segment_ids: SegmentIds | None = None,
     places: Places | None = None,
     log_forget: LogForget | None = None,
+    clamp: float | None = None,
+    value_gate: ValueGate | None = None,
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
@@ -74,8 +78,8 @@ def attention(
 ) -> Float[Array, "B T H V"]:
     r"""Average values with softmax weights over the visible keys.
 
-    y_i = Σ_j softmax_j(scale q_i·k_j + Σ_{j<l≤i} log_forget_l) v_j over the j of i's document with
-    lag <= place_i - place_j < window
+    y_i = Σ_j softmax_j(min(scale q_i·k_j, clamp) + Σ_{j<l≤i} log_forget_l) value_gate_j v_j over
+    the j of i's document with lag <= place_i - place_j < window
 
     Logits and weights are float32 or wider. Cost: 2 H (K + V) FLOPs forward and 2.5 times that
     backward per visible pair. Kept for the backward pass: the operands, y and a number per query
@@ -90,13 +94,17 @@ def attention(
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted; None: all.
       segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
-        is not seen and counts neither in distances nor with its gates. What q, k and v hold there
-        must be finite.
+        is not seen and counts neither in distances nor with its gates. What q, k, v and value_gate
+        hold there must be finite.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, <= 0 and
         finite, per query head. With `places`, keys stand in slot order and a query's place is its
         slot.
+      clamp: largest scale q·k, any finite number; what exceeds it counts as it, and passes no
+        gradient. None: unbounded.
+      value_gate: factor of the values that each query head reads, of any sign. The softmax does
+        not see it: its weights sum to 1 without it. None: 1.
       dropout: rate and key of the dropout of the weights; None in evaluation. Which weights are
         dropped does not depend on the implementation.
       implementation: `reference` walks over queries with a `lax.scan`; `xla` takes all at once or,
@@ -109,14 +117,16 @@ def attention(
 
     Raises:
       ShapeError: shapes do not fit, an axis is empty, or no distance is within `lag` and `window`.
-      DTypeError: q, k, v, scale or log_forget are not floating point.
-      ConfigError: the rate of the dropout is not in [0, 1).
+      DTypeError: q, k, v, scale, log_forget or value_gate are not floating point.
+      ConfigError: the rate of the dropout is not in [0, 1), or clamp is not a finite number.
       UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation cannot run this call, or a second derivative of
         `pallas` is asked for.
 
     Reference: Vaswani et al. 2017, eq. 1; Memory Mosaics (arXiv 2405.06394), eq. 4 (lag 1, q = k);
-      Forgetting Transformer (arXiv 2503.02130), eq. 5; FlashAttention-2 (arXiv 2307.08691).
+      Forgetting Transformer (arXiv 2503.02130), eq. 5; FlashAttention-2 (arXiv 2307.08691); clamp
+      and value_gate: `gated_softmax` of Mongaras and Larson's softmax attention as a recurrent
+      network (arXiv 2507.23632), whose denominators follow from the log-sum-exp.
     """
     return _attend(
         q,
@@ -128,6 +138,8 @@ def attention(
         segment_ids=segment_ids,
         places=places,
         log_forget=log_forget,
+        clamp=clamp,
+        value_gate=value_gate,
         dropout=dropout,
         implementation=implementation,
         precision=precision,
@@ -148,6 +160,8 @@ def attention_with_lse(
     segment_ids: SegmentIds | None = None,
     places: Places | None = None,
     log_forget: LogForget | None = None,
+    clamp: float | None = None,
+    value_gate: ValueGate | None = None,
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
@@ -156,9 +170,12 @@ def attention_with_lse(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Return what `attention` returns and the log-sum-exp of each query's logits.
 
-    The latter is float32 or wider, before dropout, -inf where no key is visible, and differentiable
-    too. Reads of two sets of keys merge with it: exp(lse - lse_both) y summed over both.
-    Arguments and errors are those of `attention`; cuDNN does not give it.
+    lse_i = log Σ_j exp(min(scale q_i·k_j, clamp) + Σ_{j<l≤i} log_forget_l)
+
+    The latter is float32 or wider, before dropout and value_gate, -inf where no key is visible, and
+    differentiable too. Reads of two sets of keys merge with it: exp(lse - lse_both) y summed over
+    both. exp(lse) y is the sum without a denominator, to be divided by any other
+    (arXiv 2507.23632). Arguments and errors are those of `attention`; cuDNN does not give it.
     """
     read = _attend(
         q,
@@ -170,6 +187,8 @@ def attention_with_lse(
         segment_ids=segment_ids,
         places=places,
         log_forget=log_forget,
+        clamp=clamp,
+        value_gate=value_gate,
         dropout=dropout,
         implementation=implementation,
         precision=precision,
@@ -191,6 +210,8 @@ def _attend(
     segment_ids: Array | None,
     places: Places | None,
     log_forget: Array | None,
+    clamp: float | None,
+    value_gate: Array | None,
     dropout: Dropout | None,
     implementation: Implementation,
     precision: Precision | None,
@@ -198,8 +219,10 @@ def _attend(
     interpret: bool | None,
     wants_lse: bool,
 ) -> Read:
-    check_floating("attention", q=q, k=k, v=v, scale=scale, log_forget=log_forget)
-    _check_operands(q, k, v, scale, log_forget)
+    arrays = {"log_forget": log_forget, "value_gate": value_gate}
+    check_floating("attention", q=q, k=k, v=v, scale=scale, **arrays)
+    _check_operands(q, k, v, scale, **arrays)
+    check_clamp("attention", clamp)
     _check_visibility(q, k, lag, window, segment_ids, places)
     check_precision(precision)
     dropout = active_dropout("attention", dropout)
@@ -220,6 +243,8 @@ def _attend(
         window=window,
         places=places,
         log_forget=log_forget,
+        clamp=clamp,
+        value_gate=value_gate,
         dropout=dropout,
         config=config,
         wants_lse=wants_lse,
@@ -227,21 +252,24 @@ def _attend(
     if form == "cudnn":
         y = attention_cudnn.run(q, k, v, scale=float(scale), window=window)
         return Read(y, jnp.zeros(()))
-    rule = Rule(lag, window, 0.0 if dropout is None else dropout.rate, precision)
+    rate, clamp = 0.0 if dropout is None else dropout.rate, None if clamp is None else float(clamp)
+    rule = Rule(lag, window, rate, precision, clamp)
     seed = None if dropout is None else dropout_seed(dropout.key)
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
+    gate = None if value_gate is None else jnp.moveaxis(value_gate.astype(scale.dtype), 1, 2)
     if form == "reference":
-        return attention_reference.read(rule, q, k, v, scale, places, slots, log_forget, seed)
-    extras = Extras(places, _decay(log_forget, slots, scale), seed)
+        return attention_reference.read(rule, q, k, v, scale, places, slots, log_forget, gate, seed)
+    decay = None if log_forget is None else gates_at(log_forget.astype(scale.dtype), slots)
+    extras = Extras(places, decay, gate, seed)
     if form == "xla" and attention_xla.fits_at_once(q, k):
         return attention_xla.at_once(rule, q, k, v, scale, extras)
     return _read(_Static(form, rule, config, interpreted(interpret)), q, k, v, scale, extras)
 
 
 def _check_operands(
-    q: Array, k: Array, v: Array, scale: float | Array, log_forget: Array | None
+    q: Array, k: Array, v: Array, scale: float | Array, **gates: Array | None
 ) -> None:
     op = "attention"
     check_axes(op, "q", q, "B T H K")
@@ -258,8 +286,8 @@ def _check_operands(
             "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
         )
     check_scale(op, scale, heads)
-    what = "one gate per key and query head"
-    check_shape(op, "log_forget", log_forget, (*k.shape[:2], heads), what)
+    for name, gate in gates.items():
+        check_shape(op, name, gate, (*k.shape[:2], heads), "one gate per key and query head")
 
 
 def _check_visibility(
@@ -291,18 +319,6 @@ def _check_visibility(
         check_shape(op, f"places.{name}", getattr(places, name), expected, what)
 
 
-def _decay(log_forget: Array | None, slots: Array | None, scale: Array) -> Decay | None:
-    """Return the cumulative gates at queries, in their own slots if None, and at keys."""
-    if log_forget is None:
-        return None
-    sums = cumulative(log_forget.astype(scale.dtype))  # [B S H] twice
-    at_queries = sums
-    if slots is not None:
-        slot = jnp.maximum(slots, 0)[..., None]
-        at_queries = tuple(jnp.take_along_axis(a, slot, axis=1) for a in sums)
-    return Decay(*(jnp.moveaxis(a, 1, 2) for a in (*at_queries, *sums)))
-
-
 def _pallas_unmet(
     q: Any, k: Any, v: Any, *, config: AttentionLaunch | None = None, **_: Any
 ) -> str | None:
@@ -328,9 +344,10 @@ def _cudnn_unmet(
     wants_lse: bool = False,
     **extras: Any,
 ) -> str | None:
-    names = {"places": "places or segment_ids", "log_forget": "log_forget", "dropout": "dropout"}
-    present = [name for key, name in names.items() if extras.get(key) is not None]
+    names = ("places", "log_forget", "clamp", "value_gate", "dropout")
+    present = [n for n in names if extras.get(n) is not None]
     if lag != 0 or wants_lse or present:
+        present = ["places or segment_ids" if n == "places" else n for n in present]
         found = [*present, *(["lag"] if lag else []), *(["log-sum-exp"] if wants_lse else [])]
         return f"it has no {', '.join(found)}"
     return attention_cudnn.unmet(q, k, v, scale=scale, window=window)
@@ -394,8 +411,8 @@ _read.defvjp(_read_forward, _read_backward)
 
 def _kernel_gradients(*operands: Any, **options: Any) -> Gradients:
     dq, along = kernels.queries_gradient(*operands, **options)
-    dk, dv, forget = kernels.keys_gradient(*operands, **options)
-    return Gradients(dq, dk, dv, jnp.sum(along, axis=(0, 2)), forget)
+    dk, dv, forget, gate = kernels.keys_gradient(*operands, **options)
+    return Gradients(dq, dk, dv, jnp.sum(along, axis=(0, 2)), forget, gate)
 
 
 def _launch(static: _Static, q: Array, k: Array, v: Array) -> dict[str, Any]:
@@ -405,8 +422,8 @@ def _launch(static: _Static, q: Array, k: Array, v: Array) -> dict[str, Any]:
     return {**static.rule._asdict(), "config": config, "interpret": static.interpret}
 
 
-def _for_kernels(extras: Extras) -> tuple[kernels.Places | None, Decay | None, Array | None]:
+def _for_kernels(extras: Extras) -> tuple[kernels.Places | None, Decay | None, Any, Any]:
     places = extras.places
     if places is not None:
         places = kernels.Places(*(a.astype(jnp.int32) for a in places))
-    return places, extras.decay, extras.seed
+    return places, extras.decay, extras.gate, extras.seed

@@ -78,7 +78,7 @@ def _update(
 ) -> tuple[Array, Array, Array]:
     """Add a tile to the running maximum, sum and read."""
     top, total, acc = carry
-    logits = logits_of(rule, tile, scale)
+    logits = logits_of(rule, tile, scale).value
     new_top = lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
     base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     fade = jnp.exp(top - base)
@@ -86,6 +86,8 @@ def _update(
     total = total * fade + jnp.sum(weights, axis=-1)
     if seed is not None:
         weights = weights * kept(rule, seed, tile.dropout_rows, tile.keys)
+    if tile.gate is not None:
+        weights = weights * tile.gate[:, :, None]
     return new_top, total, acc * per_query(fade) + over_keys(rule, weights, tile.v, scale)
 
 
@@ -102,29 +104,30 @@ def backward(
     def share_of(n: Array, m: Array) -> TileGradients:
         def some() -> TileGradients:
             tile = rows.tile(n, m)
-            weights = jnp.exp(logits_of(rule, tile, scale) - _cut(lse, 2, n, block)[..., None])
+            logits, over = logits_of(rule, tile, scale)
+            weights = jnp.exp(logits - _cut(lse, 2, n, block)[..., None])
             of_tile = _cut(grads, 1, n, block), _cut(delta, 2, n, block)
-            return tile_gradients(rule, tile, scale, extras.seed, weights, *of_tile)
+            return tile_gradients(rule, tile, scale, extras.seed, weights, over, *of_tile)
 
         def none() -> TileGradients:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(some))
 
         return lax.cond(rows.needed[n, m], some, none)
 
-    def of_keys(dq: Array, m: Array) -> tuple[Array, tuple[Array, ...]]:
-        def visit(carry: tuple[Array, ...], n: Array) -> tuple[tuple[Array, ...], None]:
-            dq, *sums = carry
+    def of_keys(dq: Array, m: Array) -> tuple[Array, tuple]:
+        def visit(carry: tuple[Array, tuple], n: Array) -> tuple[tuple[Array, tuple], None]:
+            dq, sums = carry
             of_q, *rest = share_of(n, m)
             of_q = _cut(dq, 1, n, block) + of_q
             dq = lax.dynamic_update_slice_in_dim(dq, of_q, n * block, axis=1)
-            return (dq, *(a + b for a, b in zip(sums, rest, strict=True))), None
+            return (dq, jax.tree.map(jnp.add, sums, tuple(rest))), None
 
-        zeros = [jnp.zeros(a.shape, a.dtype) for a in jax.eval_shape(share_of, m, m)[1:]]
-        (dq, *sums), _ = lax.scan(visit, (dq, *zeros), jnp.arange(rows.needed.shape[0]))
-        return dq, tuple(sums)
+        sums = tuple(jax.eval_shape(share_of, m, m)[1:])
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
+        return lax.scan(visit, (dq, zeros), jnp.arange(rows.needed.shape[0]))[0]
 
     dq = jnp.zeros(rows.q.shape, scale.dtype)
-    dq, (dk, dv, forget) = lax.scan(of_keys, dq, jnp.arange(rows.needed.shape[1]))
+    dq, (dk, dv, forget, gate) = lax.scan(of_keys, dq, jnp.arange(rows.needed.shape[1]))
     keys = k.shape[1]
     dq, of_scale = with_scale(dq[:, : q.shape[1]], q, scale)
     return Gradients(
@@ -133,6 +136,7 @@ def backward(
         _joined(dv, 1)[:, :keys],
         of_scale,
         None if extras.decay is None else _joined(forget, 2)[:, :, :keys],
+        None if gate is None else _joined(gate, 2)[:, :, :keys],
     )
 
 
@@ -144,6 +148,7 @@ class _Rows(NamedTuple):
     v: Array
     places: Places | None
     decay: Decay | None
+    gate: Array | None
     needed: Array
     """Which pairs of blocks may hold a visible pair, bool [N_q N_k]."""
     length: int
@@ -168,9 +173,10 @@ class _Rows(NamedTuple):
         if decay is not None:
             blocks = (block_q, block_q, block_k, block_k)
             decay = Decay(*(_padded(a, 2, b) for a, b in zip(decay, blocks, strict=True)))
+        gate = None if extras.gate is None else _padded(extras.gate, 2, block_k)
         q, k, v = _padded(q, 1, block_q), _padded(k, 1, block_k), _padded(v, 1, block_k)
         needed = jnp.any(needed, axis=0)
-        return cls(q, k, v, places, decay, needed, length, block_q, block_k)
+        return cls(q, k, v, places, decay, gate, needed, length, block_q, block_k)
 
     def tile(self, n: Array, m: Array) -> Tile:
         """Return query block n against key block m."""
@@ -198,6 +204,7 @@ class _Rows(NamedTuple):
             of_k(self.v, 1),
             places,
             decay,
+            None if self.gate is None else of_k(self.gate, 2),
             # A padded query must see nothing: the sum of gates at it is not one.
             jnp.where(queries < self.length, queries, -_FAR),
             keys,

@@ -21,6 +21,7 @@ def read(
     places: Places | None,
     slots: Array | None,
     log_forget: Array | None,
+    gate: Array | None,
     seed: Array | None,
 ) -> Read:
     """Read one query after another, as a decoder with a cache does."""
@@ -38,6 +39,9 @@ def read(
     def step(_: None, inputs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
         q_t, place, segment, slot, t = inputs  # [B H K], [B], [B], [B], []
         logits = jnp.einsum("bhk,bshk->bhs", q_t, wide_k) * scale[:, None]
+        if rule.clamp is not None:
+            # Not `minimum`, which halves the gradient where the two are equal.
+            logits = jnp.where(logits > rule.clamp, rule.clamp, logits)
         behind = place[:, None] - places.key
         seen = (behind >= rule.lag) & (places.key_segment == segment[:, None])
         seen &= places.key_segment != 0
@@ -53,6 +57,8 @@ def read(
         lse = jnp.where(jnp.any(seen, axis=-1), lse, -jnp.inf)
         if seed is not None:
             weights = weights * kept(rule, seed, first_row + t, jnp.arange(keys))
+        if gate is not None:
+            weights = weights * gate
         return None, (jnp.einsum("bhs,bshv->bhv", weights, wide_v), lse)
 
     rows = (at_least_float32(q), places.query, places.query_segment, slots)

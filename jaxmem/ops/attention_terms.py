@@ -44,6 +44,8 @@ class Rule(NamedTuple):
     rate: float
     """Probability of dropping a weight."""
     precision: Precision | None
+    clamp: float | None = None
+    """Largest scale q·k; what exceeds it is set to it."""
 
 
 class Extras(NamedTuple):
@@ -51,6 +53,8 @@ class Extras(NamedTuple):
 
     places: Places | None
     decay: Decay | None
+    gate: Array | None
+    """Factors of the values that each query head reads [B H S]."""
     seed: Array | None
     """Words of the dropout's seed [2]; None without dropout."""
 
@@ -113,3 +117,18 @@ def kept(rule: Rule, seed: Array, row: Array, keys: Array) -> Array:
       keys: indices of the keys.
     """
     return _dropout.kept(seed[0], seed[1], row, keys.astype(jnp.int32), rule.rate)
+
+
+def gates_at(log_forget: Array, slots: Array | None) -> Decay:
+    """Return the cumulative gates at queries, in their own slots if None, and at keys [B H T].
+
+    Args:
+      log_forget: gates of the keys [B S H], in the dtype of logits.
+      slots: slot of each query [B T] if that is not its own index.
+    """
+    sums = cumulative(log_forget)  # [B S H] twice
+    at_queries = sums
+    if slots is not None:
+        slot = jnp.maximum(slots, 0)[..., None]
+        at_queries = tuple(jnp.take_along_axis(a, slot, axis=1) for a in sums)
+    return Decay(*(jnp.moveaxis(a, 1, 2) for a in (*at_queries, *sums)))

@@ -44,6 +44,8 @@ class Gradients(NamedTuple):
     scale: Array
     forget: Array | None
     """Of the gates' sum F at the keys [B H S]; at the queries it is the cotangent of lse."""
+    gate: Array | None
+    """Of the gates of the values [B H S]."""
 
 
 def fits_at_once(q: Array, k: Array) -> bool:
@@ -69,6 +71,7 @@ class Tile(NamedTuple):
     v: Array
     places: Places | None
     decay: Decay | None
+    gate: Array | None
     queries: Array
     """Indices [t]."""
     keys: Array
@@ -82,18 +85,31 @@ def _whole(q: Array, k: Array, v: Array, extras: Extras) -> Tile:
     batch, length, heads, _ = q.shape
     rows = jnp.arange(batch * heads * length, dtype=jnp.int32).reshape(batch, heads, length, 1)
     index = jnp.arange(length), jnp.arange(k.shape[1])
-    return Tile(q, k, v, extras.places, extras.decay, *index, rows)
+    return Tile(q, k, v, extras.places, extras.decay, extras.gate, *index, rows)
 
 
-def logits_of(rule: Rule, tile: Tile, scale: Array) -> Array:
-    """Return the logits [B H t s], -inf where a key is not visible."""
-    logits = _dots(rule, tile.q, tile.k, scale) * scale[:, None, None]
+class Logits(NamedTuple):
+    """Logits of a tile [B H t s]."""
+
+    value: Array
+    """-inf where a key is not visible."""
+    over: Array | None
+    """Whether scale q·k exceeds the clamp, so that no gradient reaches it; None without one."""
+
+
+def logits_of(rule: Rule, tile: Tile, scale: Array) -> Logits:
+    """Return the logits of a tile and which of them are clamped."""
+    logits, over = _dots(rule, tile.q, tile.k, scale) * scale[:, None, None], None
+    if rule.clamp is not None:
+        over = logits > rule.clamp
+        # Not `minimum`, which halves the second derivatives where the two are equal.
+        logits = jnp.where(over, rule.clamp, logits)
     if tile.decay is not None:
         query, query_rest, key, key_rest = tile.decay
         logits = logits + (query[..., None] - key[..., None, :])
         logits = logits + (query_rest[..., None] - key_rest[..., None, :])
     seen = visible(rule, tile.places, tile.queries, tile.keys)
-    return jnp.where(seen[:, None], logits, -jnp.inf)
+    return Logits(jnp.where(seen[:, None], logits, -jnp.inf), over)
 
 
 class TileGradients(NamedTuple):
@@ -104,6 +120,7 @@ class TileGradients(NamedTuple):
     k: Array
     v: Array
     forget: Array
+    gate: Array | None
 
 
 def tile_gradients(
@@ -112,6 +129,7 @@ def tile_gradients(
     scale: Array,
     seed: Array | None,
     weights: Array,
+    over: Array | None,
     grad: Array,
     delta: Array,
 ) -> TileGradients:
@@ -123,6 +141,7 @@ def tile_gradients(
       scale: factor of the logits.
       seed: of the dropout.
       weights: p, with any factor per query that `grad` and `delta` are divided by [B H t s].
+      over: which logits are clamped.
       grad: cotangent of y [B t H V].
       delta: <grad, y> less the cotangent of the log-sum-exp [B H t].
     """
@@ -131,13 +150,19 @@ def tile_gradients(
     if seed is not None:
         factor = kept(rule, seed, tile.dropout_rows, tile.keys)
         grads, read = grads * factor, weights * factor
+    of_gate = None
+    if tile.gate is not None:
+        of_gate = jnp.sum(weights * grads, axis=2)
+        grads, read = grads * tile.gate[:, :, None], read * tile.gate[:, :, None]
     logit = weights * (grads - delta[..., None])
+    dots = logit if over is None else jnp.where(over, 0.0, logit)
     scaled = (tile.q * scale[:, None]).astype(tile.q.dtype)
     return TileGradients(
-        over_keys(rule, logit, tile.k, scale),
-        _over_queries(rule, logit, scaled, tile.k.shape[2], scale),
+        over_keys(rule, dots, tile.k, scale),
+        _over_queries(rule, dots, scaled, tile.k.shape[2], scale),
         _over_queries(rule, read, grad, tile.v.shape[2], scale),
         -jnp.sum(logit, axis=2),
+        of_gate,
     )
 
 
@@ -151,6 +176,7 @@ class _Kept(NamedTuple):
     extras: Extras
     weights: Array
     """exp(logit - max) [B H T S]."""
+    over: Array | None
     total: Array
     """Their sum [B H T], 1 where it would be 0."""
     read: Read
@@ -170,7 +196,7 @@ def _at_once_forward(
     rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras
 ) -> tuple[Read, _Kept]:
     tile = _whole(q, k, v, extras)
-    logits = logits_of(rule, tile, scale)
+    logits, over = logits_of(rule, tile, scale)
     top = jnp.max(logits, axis=-1, keepdims=True)
     # A row without visible keys has top = -inf; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
@@ -181,20 +207,23 @@ def _at_once_forward(
     read = weights
     if extras.seed is not None:
         read = weights * kept(rule, extras.seed, tile.dropout_rows, tile.keys)
+    if extras.gate is not None:
+        read = read * extras.gate[:, :, None]
     y = over_keys(rule, read, v, scale) / per_query(total)
     lse = jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(total))
     result = Read(y.astype(v.dtype), lse)
-    return result, _Kept(q, k, v, scale, extras, weights, total, result)
+    return result, _Kept(q, k, v, scale, extras, weights, over, total, result)
 
 
 def _at_once_backward(rule: Rule, saved: _Kept, grad: Read) -> tuple:
-    q, k, v, scale, extras, weights, total, read = saved
+    q, k, v, scale, extras, weights, over, total, read = saved
     wide = grad.y.astype(scale.dtype) / per_query(total)
     delta = delta_of(read, Read(wide, grad.lse / total))
-    tile = tile_gradients(rule, _whole(q, k, v, extras), scale, extras.seed, weights, wide, delta)
+    whole = _whole(q, k, v, extras)
+    tile = tile_gradients(rule, whole, scale, extras.seed, weights, over, wide, delta)
     forget = None if extras.decay is None else tile.forget
     dq, of_scale = with_scale(tile.q, q, scale)
-    grads = Gradients(dq, tile.k, tile.v, of_scale, forget)
+    grads = Gradients(dq, tile.k, tile.v, of_scale, forget, tile.gate)
     return cotangents(grads, q, k, v, read, grad)
 
 
@@ -207,7 +236,7 @@ def cotangents(grads: Gradients, q: Array, k: Array, v: Array, read: Read, grad:
             at_queries, jnp.zeros_like(at_queries), grads.forget, jnp.zeros_like(grads.forget)
         )
     dq, dk, dv = grads.q.astype(q.dtype), grads.k.astype(k.dtype), grads.v.astype(v.dtype)
-    return dq, dk, dv, grads.scale, Extras(None, decay, None)
+    return dq, dk, dv, grads.scale, Extras(None, decay, grads.gate, None)
 
 
 at_once.defvjp(_at_once_forward, _at_once_backward)

@@ -1,5 +1,7 @@
 """What several ops check when they are called, so that a mistake has the same message in each."""
 
+import math
+import numbers
 from typing import Any, get_args
 
 import jax.numpy as jnp
@@ -88,6 +90,20 @@ def check_precision(precision: Precision | None) -> None:
     """
     if precision is not None and precision not in get_args(Precision):
         raise unknown_name("precision", precision, get_args(Precision))
+
+
+def check_clamp(op: str, clamp: Any) -> None:
+    """Check a largest logit; None is none.
+
+    Raises:
+      ConfigError: it is not a finite number.
+    """
+    if clamp is None or (isinstance(clamp, numbers.Real) and math.isfinite(clamp)):
+        return
+    raise ConfigError(
+        f"{op}: clamp={clamp} is not a finite number, the largest logit. "
+        "Use 5.0, say, or clamp=None for none."
+    )
 
 
 def active_dropout(op: str, dropout: Dropout | None) -> Dropout | None:

@@ -66,14 +66,16 @@ class Call(NamedTuple):
     block_q: int
     block_k: int
     precision: Precision | None
+    clamp: float | None
+    """Largest scale q·k."""
     interpret: bool
 
 
 def call_of(q: Array, k: Array, v: Array, blocks: tuple[int, int], *options: Any) -> Call:
     """Describe a call with tiles of (queries, keys); `options` are the last fields but the tile."""
-    lag, window, rate, precision, interpret = options
+    lag, window, rate, *rest = options
     sizes = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], k.shape[3], v.shape[3])
-    return Call(*sizes, lag, window, rate, *blocks, precision, interpret)
+    return Call(*sizes, lag, window, rate, *blocks, *rest)
 
 
 class Ranges(NamedTuple):
@@ -222,6 +224,7 @@ def input_specs(
     places: Places | None,
     bounds: Bounds | None,
     decay: Decay | None,
+    gate: Array | None,
     seed: Array | None,
 ) -> list[Any]:
     """Return the blocks of what all three kernels read; `spec` is `by_head` or `by_group`."""
@@ -233,6 +236,7 @@ def input_specs(
         jax.tree.map(lambda a: spec(a, "bt"), places),
         jax.tree.map(lambda a: spec(a, "bt"), bounds),
         jax.tree.map(lambda a: spec(a, "bht"), decay),
+        None if gate is None else spec(gate, "bht"),
         None if seed is None else pl.BlockSpec(seed.shape, lambda *grid: (0,)),
     ]
 
@@ -296,14 +300,27 @@ def visible(call: Call, queries: Queries, keys: Keys) -> Array:
     return seen
 
 
-def logits(call: Call, a: Array, b: Array, scale: Array) -> Array:
-    """Return scale a bᵀ in units of log 2.
+class Logits(NamedTuple):
+    """Logits of a tile."""
+
+    value: Array
+    """In units of log 2."""
+    over: Array | None
+    """Whether scale q·k exceeds the clamp, so that no gradient reaches it; None without one."""
+
+
+def logits(call: Call, a: Array, b: Array, scale: Array) -> Logits:
+    """Return scale a bᵀ, clamped.
 
     Scales may be as large as e^22 (Memory Mosaics), which would magnify the error of TF32: unless
     another precision is asked for, float32 takes three TF32 products here.
     """
     dots = mm(a, b, tb=True, precision=call.precision or "high", interpret=call.interpret)
-    return dots * (scale * LOG2_E)
+    if call.clamp is None:
+        return Logits(dots * (scale * LOG2_E), None)
+    # In units of log 2, rounding would tell what equals the clamp from it.
+    dots = dots * scale
+    return Logits(jnp.minimum(dots, call.clamp) * LOG2_E, dots > call.clamp)
 
 
 def product(call: Call, a: Array, b: Array, *, tb: bool = False) -> Array:
@@ -331,6 +348,13 @@ def decayed(
     between = of_queries(decay.query) - of_keys(decay.key)
     between = between + (of_queries(decay.query_rest) - of_keys(decay.key_rest))
     return logit + between * LOG2_E
+
+
+def gates_of(call: Call, gate: Any, start: Any, head: Any, axis: int) -> Array | None:
+    """Return the gates of the values from `start` on, or None; `axis`: of keys in the tile."""
+    if gate is None:
+        return None
+    return _along(vector(gate, start, call.block_k, call.keys, head), axis)
 
 
 def kept(

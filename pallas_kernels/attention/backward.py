@@ -1,8 +1,9 @@
 """Backward kernels of attention: weights are computed again from the saved log-sum-exp.
 
-With p the weights, c the dropout factors, g the cotangent of y, and Δ_i = <g_i, y_i> less the
-cotangent of lse_i: ds = p (c <g, v> - Δ), dq = scale Σ_j ds k, dk = scale Σ_i ds q,
-dv = Σ_i p c g, and the gradient of the gates' sum F at a key is -Σ_i ds.
+With p the weights, c the dropout factors, a the gates of the values, g the cotangent of y, and
+Δ_i = <g_i, y_i> less the cotangent of lse_i: ds = p (c a <g, v> - Δ), dq = scale Σ_j ds k,
+dk = scale Σ_i ds q, both without pairs that exceed the clamp, dv = Σ_i p c a g, the gradient of a
+is Σ_i p c <g, v>, and that of the gates' sum F at a key -Σ_i ds.
 """
 
 import functools
@@ -27,6 +28,7 @@ from pallas_kernels.attention._tiles import (
     by_head,
     call_of,
     decayed,
+    gates_of,
     input_specs,
     kept,
     key_blocks,
@@ -50,6 +52,7 @@ def queries_gradient(
     scale: Array,
     places: Places | None,
     decay: Decay | None,
+    gate: Array | None,
     seed: Array | None,
     lse: Array,
     grad: Array,
@@ -59,6 +62,7 @@ def queries_gradient(
     window: int | None,
     rate: float,
     precision: Precision | None,
+    clamp: float | None,
     config: AttentionLaunch,
     interpret: bool,
 ) -> tuple[Array, Array]:
@@ -75,6 +79,7 @@ def queries_gradient(
       scale: factor of the logits [H].
       places: where queries and keys stand.
       decay: cumulative log forget gates.
+      gate: factors of the values [B H S], float32.
       seed: words of the dropout's seed.
       lse: logarithms of the denominators [B H T], float32.
       grad: cotangent of y [B T H V], of the values' dtype.
@@ -83,6 +88,7 @@ def queries_gradient(
       window: to fewer than this many places after it.
       rate: probability of dropping a weight.
       precision: of float32 products.
+      clamp: largest scale q·k.
       config: tiles.
       interpret: evaluate with plain JAX instead of a GPU.
 
@@ -91,7 +97,7 @@ def queries_gradient(
       sum over rows and queries is the gradient of the scale.
     """
     tiles = (config.backward_q, config.backward_k)
-    call = call_of(q, k, v, tiles, lag, window, rate, precision, interpret)
+    call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
     bounds = None if places is None else block_bounds(call, places, axis=2)
     spec, blocks = functools.partial(by_head, call), -(-call.queries // call.block_q)
     block_dq = (None, call.block_q, None, power_of_two(call.width))
@@ -100,7 +106,7 @@ def queries_gradient(
         name="attention_queries_gradient",
         grid=(blocks, call.heads, q.shape[0]),
         in_specs=[
-            *input_specs(spec, scale, q, k, v, places, bounds, decay, seed),
+            *input_specs(spec, scale, q, k, v, places, bounds, decay, gate, seed),
             spec(lse, "bht"),
             spec(grad, "bthd"),
             spec(delta, "bht"),
@@ -116,7 +122,7 @@ def queries_gradient(
         num_warps=config.backward_warps,
         num_stages=config.backward_stages,
         interpret=interpret,
-    )(scale, q, k, v, places, bounds, decay, seed, lse, grad, delta)
+    )(scale, q, k, v, places, bounds, decay, gate, seed, lse, grad, delta)
 
 
 def keys_gradient(
@@ -126,6 +132,7 @@ def keys_gradient(
     scale: Array,
     places: Places | None,
     decay: Decay | None,
+    gate: Array | None,
     seed: Array | None,
     lse: Array,
     grad: Array,
@@ -135,10 +142,11 @@ def keys_gradient(
     window: int | None,
     rate: float,
     precision: Precision | None,
+    clamp: float | None,
     config: AttentionLaunch,
     interpret: bool,
-) -> tuple[Array, Array, Array | None]:
-    """Return the gradients of the keys, of the values and of the gates' sum at the keys.
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """Return the gradients of the keys, the values, the gates' sum at the keys and their gates.
 
     Grid (S / backward_k, G, B); a program owns backward_k keys of one key/value head and walks,
     for each query head that shares it, over the query blocks that see them. Accumulation in
@@ -148,58 +156,87 @@ def keys_gradient(
     Arguments as in `queries_gradient`.
 
     Returns:
-      dk [B S G K] and dv [B S G V] in the dtypes of keys and values, and -Σ_i ds [B H S], float32;
-      None without `decay`.
+      dk [B S G K] and dv [B S G V] in the dtypes of keys and values, -Σ_i ds [B H S], None without
+      `decay`, and the gradient of `gate` [B H S], None without it; float32 both.
     """
     tiles = (config.backward_q, config.backward_k)
-    call = call_of(q, k, v, tiles, lag, window, rate, precision, interpret)
+    call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
     bounds = None if places is None else block_bounds(call, places, axis=1)
     spec = functools.partial(by_group, call)
-    key_sums = None
-    if decay is not None:
-        key_sums = jax.ShapeDtypeStruct((q.shape[0], call.heads, call.keys), jnp.float32)
+    per_key = jax.ShapeDtypeStruct((q.shape[0], call.heads, call.keys), jnp.float32)
+    key_sums = (None if decay is None else per_key, None if gate is None else per_key)
     owned = [(None, call.block_k, None, power_of_two(a.shape[3])) for a in (k, v)]
     return launch(
         functools.partial(_keys_kernel, call=call),
         name="attention_keys_gradient",
         grid=(-(-call.keys // call.block_k), call.groups, q.shape[0]),
         in_specs=[
-            *input_specs(spec, scale, q, k, v, places, bounds, decay, seed),
+            *input_specs(spec, scale, q, k, v, places, bounds, decay, gate, seed),
             spec(lse, "bht"),
             spec(grad, "bthd"),
             spec(delta, "bht"),
         ],
         out_specs=[
             *(pl.BlockSpec(shape, lambda i, g, b: (b, i, g, 0)) for shape in owned),
-            jax.tree.map(lambda a: spec(a, "bht"), key_sums),
+            *jax.tree.map(lambda a: spec(a, "bht"), key_sums),
         ],
         out_shape=[
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
-            key_sums,
+            *key_sums,
         ],
         num_warps=config.backward_warps,
         num_stages=config.backward_stages,
         interpret=interpret,
-    )(scale, q, k, v, places, bounds, decay, seed, lse, grad, delta)
+    )(scale, q, k, v, places, bounds, decay, gate, seed, lse, grad, delta)
 
 
 class _Gradients(NamedTuple):
-    """Of a tile: the weights that read values, and the gradient of the logits, float32."""
+    """Of the pairs of a tile, float32."""
 
     read: Array
+    """Weights that read values."""
     logit: Array
+    """Gradient of the logits."""
+    dots: Array
+    """Gradient of scale q·k, which a clamp stops."""
+    gate: Array | None
+    """Shares in the gradient of the values' gates."""
+
+
+def _weights(logit: Array, over: Array | None, lse: Array) -> Array:
+    """Return the weights of a tile, with a minus sign where the clamp stops the gradient.
+
+    A tile of truth values, kept until it is needed, spills registers (16 bits, width 128, H200).
+    """
+    weights = jnp.exp2(logit - lse)
+    return weights if over is None else jnp.where(over, -weights, weights)
 
 
 def _tile_gradients(
-    weights: Array, seen: Array | None, grads: Array, factor: Array | None, delta: Array
+    call: Call,
+    weights: Array,
+    seen: Array | None,
+    grads: Array,
+    factor: Array | None,
+    gate: Array | None,
+    delta: Array,
 ) -> _Gradients:
     # A pair that is not visible may have any logit, whose exponential may be infinite.
     weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+    signed = weights
+    if call.clamp is not None:
+        weights = jnp.abs(weights)
     read = weights
     if factor is not None:
         grads, read = grads * factor, weights * factor
-    return _Gradients(read, weights * (grads - delta))
+    of_gate = None
+    if gate is not None:
+        of_gate = weights * grads
+        grads, read = grads * gate, read * gate
+    logit = weights * (grads - delta)
+    dots = logit if call.clamp is None else jnp.where(signed < 0.0, 0.0, logit)
+    return _Gradients(read, logit, dots, of_gate)
 
 
 def _finite(lse: Array) -> Array:
@@ -215,6 +252,7 @@ def _queries_kernel(
     places: Places | None,
     bounds: Bounds | None,
     decay: Decay | None,
+    gate_ref: Any,
     seed_ref: Any,
     lse_ref: Any,
     grad_ref: Any,
@@ -239,16 +277,18 @@ def _queries_kernel(
         k = tile(k_ref, at, call.block_k, call.keys, call.width)
         v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
         keys = keys_of(call, at, places, axis=1)
-        logit = logits(call, q, k, scale)
+        logit, over = logits(call, q, k, scale)
         logit = decayed(call, decay, logit, None, start, at, axis=0)
         grads = _tile_gradients(
-            jnp.exp2(logit - lse[:, None]),
+            call,
+            _weights(logit, over, lse[:, None]),
             visible(call, queries, keys) if masked else None,
             product(call, grad, v, tb=True),
             kept(call, seed_ref, row, head, queries, keys),
+            gates_of(call, gate_ref, at, None, axis=1),
             delta[:, None],
         )
-        return acc + product(call, grads.logit.astype(k.dtype), k)
+        return acc + product(call, grads.dots.astype(k.dtype), k)
 
     zeros = jnp.zeros((call.block_q, q_ref.shape[-1]), jnp.float32)
     acc = walk(key_blocks(call, block, bounds), visit, zeros)
@@ -266,6 +306,7 @@ def _keys_kernel(
     places: Places | None,
     bounds: Bounds | None,
     decay: Decay | None,
+    gate_ref: Any,
     seed_ref: Any,
     lse_ref: Any,
     grad_ref: Any,
@@ -273,6 +314,7 @@ def _keys_kernel(
     dk_ref: Any,
     dv_ref: Any,
     sums_ref: Any,
+    gates_ref: Any,
     *,
     call: Call,
 ) -> None:
@@ -288,37 +330,47 @@ def _keys_kernel(
     def read_by(member: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         head = group * share + member
         scale = scale_ref[head]
+        gate = gates_of(call, gate_ref, start, member, axis=0)
 
-        def visit(n: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple:
-            dk, dv, sums = carry
+        def visit(n: Array, carry: tuple[Array, Array, Array, Any], masked: bool) -> tuple:
+            dk, dv, sums, gates = carry
             at = n * call.block_q
             q = tile(q_ref, at, call.block_q, call.queries, call.width, member)
             grad = tile(grad_ref, at, call.block_q, call.queries, call.value_width, member)
             lse = _finite(vector(lse_ref, at, call.block_q, call.queries, member))
             delta = vector(delta_ref, at, call.block_q, call.queries, member)
             queries = queries_of(call, at, places, axis=1)
-            logit = logits(call, k, q, scale)
+            logit, over = logits(call, k, q, scale)
             logit = decayed(call, decay, logit, member, at, start, axis=1)
             grads = _tile_gradients(
-                jnp.exp2(logit - lse[None, :]),
+                call,
+                _weights(logit, over, lse[None, :]),
                 visible(call, queries, keys) if masked else None,
                 product(call, v, grad, tb=True),
                 kept(call, seed_ref, row, head, queries, keys),
+                gate,
                 delta[None, :],
             )
             if decay is not None:
                 sums = sums - jnp.sum(grads.logit, axis=1)
-            logit_grad = grads.logit if share == 1 else grads.logit * scale
+            if grads.gate is not None:
+                gates = gates + jnp.sum(grads.gate, axis=1)
+            dots_grad = grads.dots if share == 1 else grads.dots * scale
             return (
-                dk + product(call, logit_grad.astype(q.dtype), q),
+                dk + product(call, dots_grad.astype(q.dtype), q),
                 dv + product(call, grads.read.astype(grad.dtype), grad),
                 sums,
+                gates,
             )
 
-        sums = jnp.zeros((call.block_k,), jnp.float32)
-        dk, dv, sums = walk(query_blocks(call, block, bounds), visit, (*carry, sums))
+        none = jnp.zeros((call.block_k,), jnp.float32)
+        before = (*carry, none, None if gate is None else none)
+        dk, dv, sums, gates = walk(query_blocks(call, block, bounds), visit, before)
+        own = pl.ds(start, call.block_k)
         if decay is not None:
-            store(sums_ref.at[member, pl.ds(start, call.block_k)], sums, inside)
+            store(sums_ref.at[member, own], sums, inside)
+        if gate is not None:
+            store(gates_ref.at[member, own], gates, inside)
         return dk, dv
 
     zeros = (

@@ -46,6 +46,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         operand(heads),
         Places(tokens, tokens, tokens, tokens) if full else None,
         Decay(sums, sums, sums, sums) if full else None,
+        sums if full else None,
         operand(2, of=jnp.dtype(jnp.uint32)) if full else None,
     )
     grad = operand(batch, length, heads, entry.width, of=value_dtype)
@@ -54,6 +55,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         "window": length // 2 if full else None,
         "rate": 0.1 if full else 0.0,
         "precision": None,
+        "clamp": 5.0 if full else None,
         "config": AttentionLaunch(**entry.config),
         "interpret": False,
     }

@@ -19,6 +19,7 @@ from pallas_kernels.attention._tiles import (
     by_head,
     call_of,
     decayed,
+    gates_of,
     input_specs,
     kept,
     key_blocks,
@@ -40,16 +41,18 @@ def forward(
     scale: Array,
     places: Places | None,
     decay: Decay | None,
+    gate: Array | None,
     seed: Array | None,
     *,
     lag: int,
     window: int | None,
     rate: float,
     precision: Precision | None,
+    clamp: float | None,
     config: AttentionLaunch,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Average values with softmax weights: y_i = Σ_j softmax_j(scale q_i·k_j + F_i - F_j) v_j.
+    """Average values: y_i = Σ_j softmax_j(min(scale q_i·k_j, clamp) + F_i - F_j) gate_j v_j.
 
     Grid (T / block_q, H, B), the last rows, which see most, first; a program owns block_q queries
     of one head and walks over the key blocks that these may see: first those that a window cuts,
@@ -65,11 +68,13 @@ def forward(
       scale: factor of the logits [H], float32.
       places: where queries and keys stand; None: at their index.
       decay: cumulative log forget gates F; None: F = 0.
+      gate: factors of the values [B H S], float32; None: 1.
       seed: words of the dropout's seed [2], uint32; None without dropout.
       lag: a key is visible from this many places after it on.
       window: to fewer than this many places after it; None: for ever.
       rate: probability of dropping a weight.
       precision: of float32 products; None: three TF32 passes for logits, one for values.
+      clamp: largest scale q·k; None: unbounded.
       config: tiles.
       interpret: evaluate with plain JAX instead of a GPU.
 
@@ -79,7 +84,7 @@ def forward(
     """
     batch, queries, heads, _ = q.shape
     tiles = (config.block_q, config.block_k)
-    call = call_of(q, k, v, tiles, lag, window, rate, precision, interpret)
+    call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
     bounds = None if places is None else block_bounds(call, places, axis=2)
     spec, blocks = functools.partial(by_head, call), -(-queries // call.block_q)
     block_y = (None, call.block_q, None, power_of_two(call.value_width))
@@ -87,7 +92,7 @@ def forward(
         functools.partial(_kernel, call=call),
         name="attention_forward",
         grid=(blocks, heads, batch),
-        in_specs=input_specs(spec, scale, q, k, v, places, bounds, decay, seed),
+        in_specs=input_specs(spec, scale, q, k, v, places, bounds, decay, gate, seed),
         out_specs=[
             pl.BlockSpec(block_y, lambda i, h, b: (b, blocks - 1 - i, h, 0)),
             pl.BlockSpec((None, None, call.block_q), lambda i, h, b: (b, h, blocks - 1 - i)),
@@ -99,7 +104,7 @@ def forward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(scale, q, k, v, places, bounds, decay, seed)
+    )(scale, q, k, v, places, bounds, decay, gate, seed)
 
 
 def _kernel(
@@ -110,6 +115,7 @@ def _kernel(
     places: Places | None,
     bounds: Bounds | None,
     decay: Decay | None,
+    gate_ref: Any,
     seed_ref: Any,
     y_ref: Any,
     lse_ref: Any,
@@ -129,7 +135,7 @@ def _kernel(
         k = tile(k_ref, at, call.block_k, call.keys, call.width)
         v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
         keys = keys_of(call, at, places, axis=1)
-        logit = logits(call, q, k, scale)
+        logit = logits(call, q, k, scale).value
         logit = decayed(call, decay, logit, None, start, at, axis=0)
         if masked:
             logit = jnp.where(visible(call, queries, keys), logit, -jnp.inf)
@@ -140,7 +146,9 @@ def _kernel(
         weights = jnp.exp2(logit - base[:, None])
         total = total * fade + jnp.sum(weights, axis=1)
         factor = kept(call, seed_ref, row, head, queries, keys)
-        read = (weights if factor is None else weights * factor).astype(v.dtype)
+        gate = gates_of(call, gate_ref, at, None, axis=1)
+        read = weights if factor is None else weights * factor
+        read = (read if gate is None else read * gate).astype(v.dtype)
         return new_top, total, acc * fade[:, None] + product(call, read, v)
 
     carry = (

@@ -17,6 +17,7 @@ class Inputs(NamedTuple):
     v: Any
     scale: Any
     log_forget: Any = None
+    value_gate: Any = None
 
 
 class Size(NamedTuple):
@@ -35,12 +36,19 @@ class Outputs(NamedTuple):
     lse: Any
 
 
-def inputs(size: Size, *, gated: bool = False, dtypes: Any = (jnp.float32,) * 2) -> Inputs:
+def inputs(
+    size: Size,
+    *,
+    gated: bool = False,
+    value_gated: bool = False,
+    dtypes: Any = (jnp.float32,) * 2,
+) -> Inputs:
     keys = size.keys or size.length
     shapes = (
         (size.batch, size.length, size.heads, size.width),
         (size.batch, keys, size.groups, size.width),
         (size.batch, keys, size.groups, size.value_width),
+        (size.batch, keys, size.heads),
         (size.batch, keys, size.heads),
     )
     draw = [jax.random.normal(jax.random.key(n), s) for n, s in enumerate(shapes)]
@@ -50,7 +58,17 @@ def inputs(size: Size, *, gated: bool = False, dtypes: Any = (jnp.float32,) * 2)
         draw[2].astype(dtypes[1]),
         jnp.linspace(0.3, 1.2, size.heads),
         -jax.nn.softplus(draw[3]) if gated else None,
+        draw[4] if value_gated else None,
     )
+
+
+def with_whole_dots(args: Inputs, scale: float) -> Inputs:
+    """Return whole queries and keys, so that in every form logits are exact multiples of `scale`.
+
+    No q·k is large: `scale` times a few is what logits reach.
+    """
+    q, k = (jnp.round(1.5 * a) for a in (args.q, args.k))
+    return args._replace(q=q, k=k, scale=jnp.full_like(args.scale, scale))
 
 
 def rows_visible(
@@ -77,14 +95,20 @@ def factors(size: Size, dropout: Dropout | None) -> np.ndarray | float:
 
 
 def direct(
-    args: Inputs, visible: np.ndarray, factor: np.ndarray | float = 1.0
+    args: Inputs,
+    visible: np.ndarray,
+    factor: np.ndarray | float = 1.0,
+    clamp: float = np.inf,
 ) -> tuple[Outputs, Inputs]:
     """Return outputs, and gradients of Σ cos(n) y_n + Σ sin(n) lse_n over finite ones."""
-    q, k, v, scale, gates = (None if a is None else np.asarray(a, np.float64) for a in args)
+    q, k, v, scale, gates, value_gate = (
+        None if a is None else np.asarray(a, np.float64) for a in args
+    )
     groups, heads = k.shape[2], q.shape[2]
     k, v = (np.repeat(a, heads // groups, axis=2) for a in (k, v))
     dots = np.einsum("bthk,bshk->bhts", q, k)
-    logits = dots * scale[:, None, None]
+    scaled = dots * scale[:, None, None]
+    logits = np.minimum(scaled, clamp)
     if gates is not None:
         sums = np.moveaxis(np.cumsum(gates, axis=1), 1, 2)
         logits = logits + sums[..., None] - sums[..., None, :]
@@ -95,11 +119,13 @@ def direct(
     exponentials = np.exp(logits - top)
     total = np.where(empty, 1.0, exponentials.sum(-1))[..., None]
     weights = exponentials / total
-    y = np.einsum("bhts,bshv->bthv", weights * factor, v)
+    opened = 1.0 if value_gate is None else np.moveaxis(value_gate, 1, 2)[:, :, None]
+    y = np.einsum("bhts,bshv->bthv", weights * factor * opened, v)
     lse = np.moveaxis(np.where(empty, -np.inf, (top + np.log(total))[..., 0]), 1, 2)
     grad = np.cos(np.arange(y.size)).reshape(y.shape)
     lse_grad = np.where(np.isfinite(lse), np.sin(np.arange(lse.size)).reshape(lse.shape), 0.0)
-    weight_grad = np.einsum("bthv,bshv->bhts", grad, v) * factor
+    read_grad = np.einsum("bthv,bshv->bhts", grad, v) * factor
+    weight_grad = read_grad * opened
     inner = np.sum(weights * weight_grad, -1) - np.moveaxis(lse_grad, 1, 2)
     logit_grad = weights * (weight_grad - inner[..., None])
 
@@ -110,12 +136,17 @@ def direct(
     if gates is not None:
         of_sums = np.moveaxis(logit_grad.sum(3) - logit_grad.sum(2), 1, 2)
         forget = np.flip(np.cumsum(np.flip(of_sums, 1), axis=1), 1)
+    of_gate = None
+    if value_gate is not None:
+        of_gate = np.moveaxis(np.sum(weights * read_grad, axis=2), 1, 2)
+    free = np.where(scaled <= clamp, logit_grad, 0.0)
     return Outputs(y, lse), Inputs(
-        np.einsum("bhts,bshk,h->bthk", logit_grad, k, scale),
-        grouped(np.einsum("bhts,bthk,h->bshk", logit_grad, q, scale)),
-        grouped(np.einsum("bhts,bthv->bshv", weights * factor, grad)),
-        np.einsum("bhts,bhts->h", logit_grad, dots),
+        np.einsum("bhts,bshk,h->bthk", free, k, scale),
+        grouped(np.einsum("bhts,bthk,h->bshk", free, q, scale)),
+        grouped(np.einsum("bhts,bthv->bshv", weights * factor * opened, grad)),
+        np.einsum("bhts,bhts->h", free, dots),
         forget,
+        of_gate,
     )
 
 
@@ -124,8 +155,7 @@ def run(args: Inputs, **options: Any) -> tuple[Outputs, Inputs]:
 
     def both(args: Inputs) -> Any:
         def scalar(args: Inputs) -> tuple[jax.Array, Outputs]:
-            q, k, v, scale, gates = args
-            y, lse = attention_with_lse(q, k, v, scale=scale, log_forget=gates, **options)
+            y, lse = attention_with_lse(**args._asdict(), **options)
             wide = y.astype(lse.dtype).ravel()
             total = jnp.sum(wide * jnp.cos(jnp.arange(y.size)))
             finite = jnp.where(lse == -jnp.inf, 0.0, lse).ravel()

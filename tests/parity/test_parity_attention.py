@@ -10,7 +10,16 @@ import pytest
 from jaxmem.ops import attention_blocked, attention_xla
 from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.attention_terms import cumulative
-from tests.helpers.attention import Size, check, direct, factors, inputs, rows_visible, run
+from tests.helpers.attention import (
+    Size,
+    check,
+    direct,
+    factors,
+    inputs,
+    rows_visible,
+    run,
+    with_whole_dots,
+)
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
 
 SMALL = Size(batch=3, length=7, width=5, value_width=3)
@@ -73,7 +82,7 @@ def test_places_in_a_cache(form: str, lag: int):
 def test_gates_of_a_cache(form: str):
     """The last queries of a row, over a cache of it, are what they are in the row."""
     size = Size(length=9, width=5, value_width=3)
-    q, k, v, scale, gates = inputs(size, gated=True)
+    q, k, v, scale, gates, _ = inputs(size, gated=True)
     index = jnp.broadcast_to(jnp.arange(9), (2, 9))
     places = Places(index[:, 6:], index, jnp.ones((2, 3), jnp.int32), jnp.ones_like(index))
     options = {"scale": scale, "log_forget": gates}
@@ -91,6 +100,58 @@ def test_extreme_gates(form: str):
     check(run(args, implementation=form), direct(args, rows_visible(SMALL)))
 
 
+def test_clamp_and_value_gates_among_all_else(form: str):
+    """As `test_everything_at_once`; a quarter of the logits exceed the clamp."""
+    size = Size(batch=2, length=19, heads=4, groups=2, width=6, value_width=5)
+    segments = [[1] * 4 + [2] * 7 + [0] * 2 + [3] * 6, [0] * 3 + [7] * 5 + [4] * 11]
+    dropout = Dropout(0.3, jax.random.key(5))
+    rule = {"lag": 1, "window": 5}
+    args = inputs(size, gated=True, value_gated=True)
+    options = {"segment_ids": jnp.asarray(segments), "dropout": dropout, "clamp": 0.9, **rule}
+    visible = rows_visible(size, segments=segments, **rule)
+    expected = direct(args, visible, factors(size, dropout), clamp=0.9)
+    check(run(args, **options, implementation=form), expected)
+
+
+@pytest.mark.parametrize("clamp", [-0.3, 0.9])
+def test_a_clamp_alone(form: str, clamp: float):
+    args = inputs(SMALL)
+    found = run(args, lag=1, clamp=clamp, implementation=form)
+    check(found, direct(args, rows_visible(SMALL, lag=1), clamp=clamp))
+
+
+def test_value_gates_alone(form: str):
+    args = inputs(SMALL, value_gated=True)
+    found = run(args, lag=1, implementation=form)
+    check(found, direct(args, rows_visible(SMALL, lag=1)))
+    np.testing.assert_array_equal(found[1].value_gate[:, -1], 0.0)  # nobody sees the last key
+
+
+@pytest.mark.parametrize(
+    ("scale", "clamp", "gradient"),
+    [
+        (5 / 16, 3 * 5 / 16, GRADIENT),
+        (64.0, 5.0, GRADIENT),
+        # A float32 of 640, as the log-sum-exp is here, is known to 3e-5; 6e-5 measured.
+        (64.0, 640.0, Budget(rtol=2e-4, atol=2e-4, rms=2e-4)),
+    ],
+    ids=["at", "beyond", "clamp-640"],
+)
+def test_logits_at_the_clamp_and_far_beyond(
+    form: str, scale: float, clamp: float, gradient: Budget
+):
+    """Logits that equal the clamp pass their gradient; they may reach 1e3."""
+    size = Size(length=9, heads=4, groups=2, width=5, value_width=3)
+    args = with_whole_dots(inputs(size, value_gated=True), scale)
+    visible = rows_visible(size, lag=1)
+    logits = scale * np.einsum("bthk,bshk->bhts", args.q, np.repeat(args.k, 2, axis=2))
+    at_clamp = visible[:, None] & (logits == clamp)
+    assert np.any(at_clamp) == (clamp % scale == 0.0)
+    found = run(args, lag=1, clamp=clamp, implementation=form)
+    expected = direct(args, visible, clamp=clamp)
+    check(found, expected, gradient=gradient)
+
+
 def test_gates_of_a_long_row_keep_their_digits():
     gates = -jax.random.uniform(jax.random.key(0), (1, 20_000, 1))
     whole, rest = (np.asarray(a, np.float64) for a in cumulative(gates))
@@ -102,7 +163,7 @@ def test_gates_of_a_long_row_keep_their_digits():
 @pytest.mark.parametrize("heads", [1, 4])
 def test_reads_of_two_halves_merge(heads: int):
     size = Size(length=9, heads=heads, groups=1, width=5, value_width=3)
-    q, k, v, scale, _ = inputs(size)
+    q, k, v, scale, *_ = inputs(size)
     ones = jnp.ones((2, 9), jnp.int32)
     index = jnp.broadcast_to(jnp.arange(9), (2, 9))
 
@@ -121,7 +182,7 @@ def test_reads_of_two_halves_merge(heads: int):
 
 
 def test_logits_of_ten_thousand(form: str):
-    q, k, v, _, _ = inputs(Size(length=6, width=5, value_width=3))
+    q, k, v, *_ = inputs(Size(length=6, width=5, value_width=3))
     key, query = k / jnp.linalg.norm(k, axis=-1, keepdims=True), q
 
     def scalar(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Any:
@@ -150,13 +211,15 @@ def test_half_precision_values(form: str, dtype: Any):
     check((outputs, grads), expected, BFLOAT16, Budget(rtol=5e-2, atol=5e-2, rms=2e-2))
 
 
-def test_second_derivatives(form: str):
+@pytest.mark.parametrize("clamp", [None, 0.1])
+def test_second_derivatives(form: str, clamp: float | None):
     size = Size(batch=1, length=6, heads=1, groups=1, width=3, value_width=3)
-    q, k, v, scale, gates = inputs(size, gated=True)
+    q, k, v, scale, gates, value_gate = inputs(size, gated=True, value_gated=clamp is not None)
+    options = {"log_forget": gates, "value_gate": value_gate, "clamp": clamp, "lag": 1}
 
     def second(form: str) -> jax.Array:
         def loss(q: jax.Array) -> jax.Array:
-            y = attention(q, k, v, scale=scale, log_forget=gates, lag=1, implementation=form)
+            y = attention(q, k, v, scale=scale, implementation=form, **options)
             return jnp.sum(jnp.sin(y))
 
         return jax.grad(lambda q: jnp.sum(jnp.cos(jax.grad(loss)(q))))(q)

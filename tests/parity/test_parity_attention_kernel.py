@@ -11,7 +11,16 @@ from jaxmem.errors import KernelUnsupported
 from jaxmem.ops.attention import Dropout, Places, attention
 from pallas_kernels._compat import make_mesh
 from pallas_kernels.attention import AttentionLaunch
-from tests.helpers.attention import Size, check, direct, factors, inputs, rows_visible, run
+from tests.helpers.attention import (
+    Size,
+    check,
+    direct,
+    factors,
+    inputs,
+    rows_visible,
+    run,
+    with_whole_dots,
+)
 from tests.helpers.compare import BFLOAT16, FORWARD, Budget, assert_close
 
 TILES = AttentionLaunch(
@@ -116,6 +125,45 @@ def test_extreme_gates():
     check(run(args, **ON_KERNELS), direct(args, rows_visible(size)))
 
 
+def test_clamp_and_value_gates_among_all_else():
+    """As `test_everything_at_once`; a quarter of the logits exceed the clamp."""
+    size = Size(length=53, heads=4, groups=2, width=24, value_width=16)
+    segments = [[1] * 15 + [2] * 17 + [0] * 2 + [3] * 19, [0] * 3 + [7] * 13 + [4] * 17 + [5] * 20]
+    rule = {"lag": 1, "window": 12}
+    dropout = Dropout(0.3, jax.random.key(5))
+    args = inputs(size, gated=True, value_gated=True)
+    options = {"segment_ids": jnp.asarray(segments), "dropout": dropout, "clamp": 2.0, **rule}
+    visible = rows_visible(size, segments=segments, **rule)
+    expected = direct(args, visible, factors(size, dropout), clamp=2.0)
+    check(run(args, **options, **ON_KERNELS), expected)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_clamp_alone(gated: bool):
+    """With gates, their gradient is that of logits that the clamp does not stop."""
+    size = Size(length=37, batch=1)
+    args = inputs(size, gated=gated)
+    expected = direct(args, rows_visible(size), clamp=0.7)
+    check(run(args, clamp=0.7, **ON_KERNELS), expected)
+
+
+def test_value_gates_alone():
+    size = Size(length=37, batch=1, heads=4, groups=2)
+    args = inputs(size, value_gated=True)
+    found = run(args, lag=1, **ON_KERNELS)
+    check(found, direct(args, rows_visible(size, lag=1)))
+    np.testing.assert_array_equal(found[1].value_gate[:, -1], 0.0)  # nobody sees the last key
+
+
+@pytest.mark.parametrize(("scale", "clamp"), [(5 / 16, 3 * 5 / 16), (64.0, 5.0)])
+def test_logits_at_the_clamp_and_far_beyond(scale: float, clamp: float):
+    """Logits that equal the clamp pass their gradient; they may reach 1e3."""
+    size = Size(length=18, batch=1, heads=2, groups=1)
+    args = with_whole_dots(inputs(size, value_gated=True), scale)
+    found = run(args, lag=1, clamp=clamp, **ON_KERNELS)
+    check(found, direct(args, rows_visible(size, lag=1), clamp=clamp))
+
+
 @pytest.mark.parametrize(
     ("dtypes", "forward", "gradient"),
     [
@@ -137,7 +185,7 @@ def test_dtypes(dtypes: Any, forward: Budget, gradient: Budget):
 def test_transformations():
     """Under vmap, checkpoint, scan and shard_map the kernels compute what they do alone."""
     size = Size(batch=2, length=5, heads=1, groups=1)
-    q, k, v, scale, _ = inputs(size)
+    q, k, v, scale, *_ = inputs(size)
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention(q, k, v, scale=scale, lag=1, **ON_KERNELS)
@@ -171,7 +219,7 @@ def test_transformations():
 
 
 def test_second_derivatives_are_refused():
-    q, k, v, scale, _ = inputs(Size(length=3))
+    q, k, v, scale, *_ = inputs(Size(length=3))
 
     def loss(q: jax.Array) -> jax.Array:
         return jnp.sum(attention(q, k, v, scale=scale, **ON_KERNELS))

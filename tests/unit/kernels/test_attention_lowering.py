@@ -15,7 +15,7 @@ from pallas_kernels._compat import lower_for_cuda, stand_in_gpu
 from pallas_kernels._launch import Entry, entries, shared_limit
 from pallas_kernels.attention import AttentionLaunch, find_config, launch
 from pallas_kernels.attention.cases import cases
-from tests.helpers.lowering import kernel_names
+from tests.helpers.lowering import KERNEL_CALL, kernel_names
 
 TABLE = entries("attention")
 NAMES = ["attention_forward", "attention_queries_gradient", "attention_keys_gradient"]
@@ -32,6 +32,21 @@ def test_every_entry_lowers(entry: Entry):
         for case in cases(entry)
     ]
     assert found == [(name + kind, [name]) for kind in ("", "_full") for name in NAMES]
+
+
+def test_what_a_call_does_not_have_is_no_operand():
+    """A plain forward pass reads scale, q, k and v; only values with gates have those too."""
+
+    def count(**options: Any) -> int:
+        def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, scale=1.0, implementation="pallas", **options)
+
+        text = lower_for_cuda(read, *operands()).as_text()
+        (call,) = (line for line in text.splitlines() if KERNEL_CALL in line)
+        return call.split("(tensor<")[1].split("->")[0].count("tensor<") + 1
+
+    gate = jnp.ones((2, 33, 4))
+    assert [count(), count(clamp=5.0), count(value_gate=gate)] == [4, 4, 5]
 
 
 @pytest.mark.parametrize("entry", TABLE, ids=label)
@@ -52,6 +67,7 @@ def operands(width: int = 40, dtype: Any = jnp.bfloat16) -> tuple[jax.ShapeDtype
 def test_a_step_on_a_gpu_calls_the_three_kernels(implementation: Any):
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array) -> jax.Array:
         options = {"dropout": Dropout(0.1, key), "implementation": implementation}
+        options |= {"clamp": 5.0, "value_gate": jax.nn.sigmoid(q[..., 0])}
         return jnp.sum(attention(q, k, v, scale=jnp.ones(4), lag=1, **options))
 
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)

@@ -8,8 +8,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import KernelUnsupported, ShapeError, UnknownName
-from jaxmem.ops.attention import Dropout, Places, attention
+from jaxmem.errors import ConfigError, DTypeError, KernelUnsupported, ShapeError, UnknownName
+from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.dispatch import explain
 
 ONES = jnp.ones((2, 3, 2, 4))
@@ -57,9 +57,20 @@ def test_one_scale_is_that_of_every_head():
         ((ONES,) * 3, {"lag": 2, "window": 2}, "Use 0 <= lag < window"),
         ((ONES,) * 3, {"lag": -1}, "Use 0 <= lag < window"),
         ((ONES,) * 3, {"log_forget": jnp.ones((2, 3, 1))}, r"Pass one gate .*shape \(2, 3, 2\)"),
+        ((ONES,) * 3, {"value_gate": jnp.ones((2, 2, 2))}, r"value_gate .*shape \(2, 3, 2\)"),
         ((ONES,) * 3, {"segment_ids": IDS, "places": Places(*(IDS,) * 4)}, "both `places` and"),
     ],
-    ids=["heads", "value-length", "places", "empty", "window", "lag", "gates", "documents"],
+    ids=[
+        "heads",
+        "value-length",
+        "places",
+        "empty",
+        "window",
+        "lag",
+        "gates",
+        "values",
+        "documents",
+    ],
 )
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_calls_that_make_no_sense(
@@ -72,6 +83,45 @@ def test_calls_that_make_no_sense(
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ShapeError, match=words):
         attention(*arrays, scale=1.0, **options, implementation=implementation)
+
+
+@pytest.mark.parametrize("clamp", [np.inf, -np.inf, np.nan, "5", ONES[0, 0, 0, 0]], ids=str)
+def test_a_clamp_is_a_finite_number(clamp: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for call in (attention, attention_with_lse):
+        with pytest.raises(ConfigError, match=r"attention: clamp=.* is not a finite number.*Use 5"):
+            call(ONES, ONES, ONES, scale=1.0, clamp=clamp)
+
+
+def test_value_gates_are_floating_point(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(DTypeError, match="attention: value_gate is int32"):
+        attention(ONES, ONES, ONES, scale=1.0, value_gate=jnp.ones((2, 3, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_what_clamp_and_value_gate_leave_alone(implementation: Any):
+    q = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
+    options = {"scale": 0.5, "implementation": implementation}
+    y, lse = attention_with_lse(q, q, q, **options)
+    high, high_lse = attention_with_lse(q, q, q, clamp=1e3, **options)
+    np.testing.assert_allclose(high, y, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(high_lse, lse, rtol=1e-6)
+    # The softmax does not see the gates.
+    shut, shut_lse = attention_with_lse(q, q, q, value_gate=jnp.zeros((2, 3, 2)), **options)
+    np.testing.assert_array_equal(shut, 0.0)
+    np.testing.assert_array_equal(shut_lse, lse)
+    half, _ = attention_with_lse(q, q, q, value_gate=jnp.full((2, 3, 2), 0.5), **options)
+    np.testing.assert_array_equal(half, 0.5 * y)
+
+
+def test_below_the_clamp_all_keys_weigh_the_same():
+    # With every logit clamped, the read is the mean of what is visible, whatever the queries are.
+    v = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
+    q = jnp.abs(v)
+    y = attention(q, q, v, scale=1.0, clamp=-1.0)
+    mean = np.cumsum(v, axis=1) / np.arange(1, 4)[:, None, None]
+    np.testing.assert_allclose(y, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_implementations(monkeypatch: pytest.MonkeyPatch):

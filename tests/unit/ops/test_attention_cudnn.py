@@ -102,6 +102,8 @@ def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Shape
         (PLAIN, {"places": Places(*(IDS,) * 4)}, "it has no places or segment_ids"),
         (PLAIN, {"segment_ids": IDS}, "it has no places or segment_ids"),
         (PLAIN, {"log_forget": jnp.zeros((2, 16, 4))}, "it has no log_forget"),
+        (PLAIN, {"clamp": 5.0}, "it has no clamp"),
+        (PLAIN, {"value_gate": jnp.ones((2, 16, 4)), "lag": 1}, "it has no value_gate, lag"),
         (PLAIN, {"scale": jnp.ones(4)}, "one Python number"),
         (shaped((2, 16, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
         (shaped((2, 16, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),

@@ -22,7 +22,10 @@ Call = tuple[Callable[..., Any], dict[str, Any]]
 
 # Operands and options of a call that is right, floating-point ones first.
 CALLS: dict[str, Call] = {
-    "attention": (attention, {"q": X, "k": X, "v": X, "scale": RATE, "log_forget": X[..., 0]}),
+    "attention": (
+        attention,
+        {"q": X, "k": X, "v": X, "scale": RATE, "log_forget": X[..., 0], "value_gate": X[..., 0]},
+    ),
     "attention_with_lse": (attention_with_lse, {"q": X, "k": X, "v": X, "scale": RATE}),
     "gated_scan": (gated_scan, {"x": FLAT, "log_decay": FLAT, "initial_state": FLAT[:, 0]}),
     "leaky_average": (leaky_average, {"x": X, "rate": RATE}),
