@@ -7,20 +7,21 @@ from jax.typing import DTypeLike
 
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, build
 from jaxmem.nn.init import Init
-from jaxmem.nn.layers import LayerNorm
+from jaxmem.nn.layers import Norm, NormType, build_norm
 from jaxmem.shapes import Activations
 
 NormPlace = Literal["pre", "post"]
-Slot = tuple[LayerNorm, Mixer]
+Slot = tuple[Norm, Mixer]
 
 
 class Block(nnx.Module):
-    """Two mixers of any kind, or one, each with a layer norm and a residual connection.
+    """Two mixers of any kind, or one, each with a norm and a residual connection.
 
     pre:  x <- x + mixer(norm(x))
     post: x <- norm(x), then x <- x + mixer(x): the residual, too, comes from the normalised stream
 
-    Reference: nanoMosaics `Block` (pre); Library `AttnOnlyBlock` (pre and post).
+    Reference: nanoMosaics `Block` (pre); Library `AttnOnlyBlock` (pre and post); Llama 2
+      `TransformerBlock` (pre, root-mean-square norms).
     """
 
     def __init__(
@@ -30,15 +31,17 @@ class Block(nnx.Module):
         dim: int,
         *,
         norm: NormPlace = "pre",
+        norm_type: NormType = "layer",
+        norm_eps: float = 1e-5,
         use_bias: bool,
         init: Init,
         rngs: nnx.Rngs,
     ):
         self.norm = norm
-        self.norm_1 = LayerNorm(dim, use_bias=use_bias)
+        self.norm_1 = build_norm(norm_type, dim, eps=norm_eps, use_bias=use_bias)
         self.mixer = build(mixer, dim, init=init, rngs=rngs)
         one = feed_forward is None
-        self.norm_2 = None if one else LayerNorm(dim, use_bias=use_bias)
+        self.norm_2 = None if one else build_norm(norm_type, dim, eps=norm_eps, use_bias=use_bias)
         self.feed_forward = None if one else build(feed_forward, dim, init=init, rngs=rngs)
 
     def init_state(

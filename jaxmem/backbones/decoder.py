@@ -2,21 +2,31 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxmem.backbones.base import ModelConfig, register_model
 from jaxmem.backbones.block import Block, NormPlace
 from jaxmem.errors import ConfigError, ShapeError
-from jaxmem.mixers.base import Form, MixerConfig, MixerOutput, call_key
+from jaxmem.mixers.base import Form, MixerConfig, call_key
 from jaxmem.nn.cache import continued
 from jaxmem.nn.init import INIT_RULES, InitRule
-from jaxmem.nn.layers import Embedding, LayerNorm, check_dropout, dropout
+from jaxmem.nn.layers import (
+    Embedding,
+    NormType,
+    build_norm,
+    check_dropout,
+    check_norm,
+    dropout,
+)
 from jaxmem.ops.segments import last_real, positions_in_segment, spans
 from jaxmem.shapes import Activations, RowInts, SegmentIds, Tokens, TokensAt
 
@@ -39,7 +49,11 @@ class DecoderConfig(ModelConfig):
     feed_forward: MixerConfig | None
     """Second slot of each block; None: blocks of one slot."""
     norm: NormPlace = "pre"
-    """Layer norms before each slot (pre), or on the residual stream itself (post)."""
+    """Norms before each slot (pre), or on the residual stream itself (post)."""
+    norm_type: NormType = "layer"
+    """Layer norms (GPT, Memory Mosaics), or root-mean-square norms (Llama)."""
+    norm_eps: float = 1e-5
+    """Added to the variance, or to the mean square, that norms divide by the root of."""
     positions: Literal["none", "learned"] = "none"
     """Learned absolute positions (GPT), or none (Memory Mosaics)."""
     tie_embedding: bool = True
@@ -47,14 +61,18 @@ class DecoderConfig(ModelConfig):
     scale_logits: bool = False
     """Divide logits by the root of the width (Memory Mosaics' Library)."""
     init: InitRule = "gpt2"
-    """Start of projections: gpt2, N(0, 0.02); fan_in, N(0, 1/sqrt(inputs)) (Library); or
-    depth_scaled, fan_in over sqrt(2 block), cut at 3 σ (Memory Mosaics v2)."""
+    """Start of projections: gpt2, N(0, 0.02); fan_in, N(0, 1/sqrt(inputs)) (Library);
+    depth_scaled, fan_in over sqrt(2 block), cut at 3 σ (Memory Mosaics v2); or uniform,
+    U(±1/sqrt(inputs)) (2Mamba)."""
     use_bias: bool = False
     """Biases in the layer norms."""
     dropout: float = 0.0
     """Dropout of the embeddings."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time, the same result."""
+    scan_layers: bool = False
+    """Compile the blocks once instead of `depth` times: the same result and checkpoints. Calls with
+    a state (generation) do not, for they would copy all caches at each token."""
 
     def __post_init__(self) -> None:
         """Check sizes and that both slots can be built at this width."""
@@ -65,6 +83,9 @@ class DecoderConfig(ModelConfig):
             raise ConfigError(
                 f"model.vocab_size={self.vocab_size}. Use 0 for the tokenizer's size."
             )
+        if self.init not in INIT_RULES:
+            raise ConfigError(f"model.init={self.init!r}. Use one of {', '.join(INIT_RULES)}.")
+        check_norm(self.norm_type, self.norm_eps, "model", use_bias=self.use_bias)
         check_dropout(self.dropout, "model")
         self.mixer.check(self.dim, "model.mixer")
         if self.feed_forward is not None:
@@ -75,10 +96,14 @@ class DecoderConfig(ModelConfig):
         return Decoder(self, rngs=rngs, compute_dtype=compute_dtype)
 
 
+BlockStates = tuple[tuple[Any, ...], ...]
+"""Block by block, the states of its slots."""
+
+
 class DecoderState(NamedTuple):
     """States of all blocks, and each row's place in its document."""
 
-    blocks: tuple[tuple[Any, ...], ...]
+    blocks: BlockStates
     position: RowInts
     """Tokens of the current document seen so far."""
     segment: RowInts
@@ -137,13 +162,17 @@ class Decoder(nnx.Module):
                 config.feed_forward,
                 config.dim,
                 norm=config.norm,
+                norm_type=config.norm_type,
+                norm_eps=config.norm_eps,
                 use_bias=config.use_bias,
                 init=rule(config.depth, number),
                 rngs=rngs,
             )
             for number in range(config.depth)
         )
-        self.norm = LayerNorm(config.dim, use_bias=config.use_bias)
+        self.norm = build_norm(
+            config.norm_type, config.dim, eps=config.norm_eps, use_bias=config.use_bias
+        )
 
     def init_state(
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
@@ -189,26 +218,15 @@ class Decoder(nnx.Module):
         positions = counted if positions is None else positions
         x = self._embed(tokens, positions)
         x = dropout(x, self.config.dropout, rngs)
-        aux: dict[str, Array] = {}
-        states = []
-        for number, block in enumerate(self.blocks):
-            out = self._run(
-                block,
-                x,
-                None if state is None else state.blocks[number],
-                {"segment_ids": segment_ids, "positions": positions},
-                rngs=rngs,
-                form=form,
-            )
-            x = out.y
-            states.append(out.state)
-            aux |= {f"{name}/block_{number}": value for name, value in out.aux.items()}
+        before = None if state is None else state.blocks
+        ids = {"segment_ids": segment_ids, "positions": positions}
+        x, states, aux = self._run(x, before, ids, rngs=rngs, form=form)
         head = self.embedding if self.head is None else self.head
         logits = head.logits(self.norm(x))
         if self.config.scale_logits:
             logits = logits / math.sqrt(self.config.dim)
         if state_after is not None:
-            state_after = state_after._replace(blocks=tuple(states))
+            state_after = state_after._replace(blocks=states)
         return DecoderOutput(logits, state_after, aux)
 
     def step(
@@ -221,23 +239,39 @@ class Decoder(nnx.Module):
 
     def _run(
         self,
-        block: Block,
         x: Activations,
-        state: tuple[Any, ...] | None,
+        states: BlockStates | None,
         ids: dict[str, SegmentIds | None],
         *,
         rngs: nnx.Rngs | None,
         form: Form | None,
-    ) -> MixerOutput:
-        """Run a block, whose activations are forgotten until the backward pass if so configured."""
-        graph, params = nnx.split(block)
-        keys = {} if rngs is None else {"dropout": rngs.dropout(), "call": call_key(rngs)}
+    ) -> tuple[Activations, BlockStates | None, dict[str, Array]]:
+        """Run all blocks; return their output, states and metrics."""
+        call: Any = None if rngs is None else call_key(rngs)
 
-        def run(params: Any, keys: dict[str, Array], x: Array, state: Any, ids: Any) -> MixerOutput:
-            draws = nnx.Rngs(**keys) if keys else None
-            return nnx.merge(graph, params)(x, state, rngs=draws, form=form, **ids)
+        def run(graph: Any, x: Array, part: tuple[Any, Any, Any]) -> tuple[Array, tuple[Any, Any]]:
+            params, state, key = part
+            draws = None if key is None else nnx.Rngs(dropout=key, call=call)
+            out = nnx.merge(graph, params)(x, state, rngs=draws, form=form, **ids)
+            return out.y, (out.state, out.aux)
 
-        return (jax.checkpoint(run) if self.config.remat else run)(params, keys, x, state, ids)
+        graphs, parts = [], []
+        for number, block in enumerate(self.blocks):
+            graph, params = nnx.split(block)
+            graphs.append(graph)
+            before = None if states is None else states[number]
+            parts.append((params, before, None if rngs is None else rngs.dropout()))
+        if self.config.scan_layers and states is None:
+            x, results = _in_a_loop(partial(run, graphs[0]), x, parts, remat=self.config.remat)
+        else:
+            runs = [partial(run, graph) for graph in graphs]
+            x, results = _one_by_one(runs, x, parts, remat=self.config.remat)
+        aux = {
+            f"{name}/block_{number}": value
+            for number, (_, values) in enumerate(results)
+            for name, value in values.items()
+        }
+        return x, None if states is None else tuple(after for after, _ in results), aux
 
     def _count(
         self, tokens: Tokens, state: DecoderState | None, segment_ids: SegmentIds | None
@@ -266,3 +300,28 @@ class Decoder(nnx.Module):
                 f"(model.context_len). Cut the row, or train with a larger context_len."
             )
         return x + self.position(positions, dtype=self.compute_dtype)
+
+
+BlockRun = Callable[[Array, Any], tuple[Array, Any]]
+"""From a block's input and its part of the model to its output and what else it returns."""
+
+
+def _one_by_one(
+    runs: list[BlockRun], x: Array, parts: list[Any], *, remat: bool
+) -> tuple[Array, list[Any]]:
+    """Run blocks on each other's output; `remat` forgets what they keep for the backward pass."""
+    results = []
+    for run, part in zip(runs, parts, strict=True):
+        x, result = (jax.checkpoint(run) if remat else run)(x, part)
+        results.append(result)
+    return x, results
+
+
+def _in_a_loop(
+    run: BlockRun, x: Array, parts: list[Any], *, remat: bool
+) -> tuple[Array, list[Any]]:
+    """Do the same for blocks that are alike in all but their parts, compiled once."""
+    # A loop alone keeps the compiler from merging a block's two runs.
+    body = jax.checkpoint(run, prevent_cse=False) if remat else run
+    x, stacked = lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+    return x, [jax.tree.map(itemgetter(number), stacked) for number in range(len(parts))]

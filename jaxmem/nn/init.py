@@ -13,7 +13,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from jaxmem.shapes import Key
 
-InitRule = Literal["gpt2", "fan_in", "depth_scaled"]
+InitRule = Literal["gpt2", "fan_in", "depth_scaled", "uniform"]
 
 
 class Init(NamedTuple):
@@ -66,6 +66,31 @@ def depth_scaled_init(block: int) -> Init:
     return Init(projection, projection, table, table)
 
 
+def uniform_init() -> Init:
+    """Return U(±1/sqrt(inputs)) for all projections, residual outputs too; tables are N(0, 0.02).
+
+    Reference: the default of PyTorch's linear layers, from which the layers of 2Mamba start (arXiv
+      2602.17363), with Llama's embedding and output tables.
+    """
+    table = nnx.initializers.normal(0.02)
+    return Init(uniform_fan_in(), uniform_fan_in(), table, table)
+
+
+def uniform_fan_in() -> Initializer:
+    """Return U(±1/sqrt(inputs)) for shapes (inputs, outputs)."""
+    return nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def uniform(limit: float) -> Initializer:
+    """Return U(-limit, limit), such as for biases, whose shape does not tell the inputs."""
+
+    def draw(key: Key, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Array:
+        dtype = jnp.float32 if dtype is None else dtype
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return draw
+
+
 def _cut_normal(std: Callable[[Sequence[int]], float]) -> Initializer:
     """Return N(0, std(shape)²) cut at three deviations."""
 
@@ -80,6 +105,7 @@ INIT_RULES: dict[InitRule, Callable[[int, int], Init]] = {
     "gpt2": lambda depth, block: gpt2_init(depth),
     "fan_in": lambda depth, block: fan_in_init(depth),
     "depth_scaled": lambda depth, block: depth_scaled_init(block),
+    "uniform": lambda depth, block: uniform_init(),
 }
 """From a name to the rule as a function of the model's depth and of the block, counted from 0."""
 

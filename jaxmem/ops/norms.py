@@ -49,6 +49,28 @@ def layer_norm(
     return y.astype(x.dtype)
 
 
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "D"] | None, *, eps: float = 1e-5
+) -> Float[Array, "... D"]:
+    """Divide by the root mean square of the last axis, then scale.
+
+    y = x / sqrt(mean(x²) + eps) * weight
+
+    Args:
+      x: rows of numbers of any size; a row of zeros stays zero, with gradient weight / sqrt(eps).
+      weight: None: no scale.
+      eps: added to the mean square, >= 0; 0 makes rows of zeros NaN.
+
+    Reference: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4. Differs: Llama rounds to the dtype
+      of x before it scales; here the result is rounded once.
+    """
+    wide = at_least_float32(x)
+    y = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        y = y * weight.astype(wide.dtype)
+    return y.astype(x.dtype)
+
+
 def _standardise_value(x: Array, eps: float) -> Array:
     return _standardise_forward(x, eps)[0]
 

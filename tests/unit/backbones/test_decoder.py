@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -377,6 +378,12 @@ def test_dropout_of_the_embeddings_needs_rngs():
         ({"context_len": 0}, r"model\.context_len=0 is not positive"),
         ({"vocab_size": -5}, r"model\.vocab_size=-5"),
         ({"dropout": 1.0}, r"model\.dropout=1\.0 is not in"),
+        ({"norm_eps": 0.0}, r"model\.norm_eps=0\.0 is not a positive number\. Use 1e-5"),
+        ({"norm_eps": math.nan}, r"model\.norm_eps=nan is not a positive number"),
+        (
+            {"norm_type": "rms", "use_bias": True},
+            r"model\.use_bias=True with model\.norm_type='rms'.*model\.use_bias=False",
+        ),
         (
             {"mixer": ContextualMemoryConfig(num_heads=3)},
             r"model\.mixer\.num_heads=3 does not divide model\.dim=16\. Use one of 1, 2, 4, 8",
@@ -408,6 +415,22 @@ def test_dropout_of_the_embeddings_needs_rngs():
 def test_configs_that_make_no_sense(change: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(small("mosaic"), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"norm_type": "batch"}, r"model\.norm_type='batch'\. Use one of layer, rms"),
+        ({"init": "zeros"}, r"model\.init='zeros'\. Use one of gpt2, fan_in, depth_scaled, uni"),
+    ],
+    ids=["norm_type", "init"],
+)
+def test_norm_and_init_must_be_known(
+    change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(small("gpt"), **change)
 
 
 def test_an_extractor_must_be_known():

@@ -1,5 +1,7 @@
 """Small layers, their dtypes, and what they start from."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,23 @@ from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.base import config_class
 from jaxmem.nn import cache
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
-from jaxmem.nn.init import decay_ladder, fan_in_init, gpt2_init, uniform_per_head
-from jaxmem.nn.layers import Embedding, LayerNorm, Linear, dropout, weight_dropout
+from jaxmem.nn.init import (
+    decay_ladder,
+    fan_in_init,
+    gpt2_init,
+    uniform,
+    uniform_init,
+    uniform_per_head,
+)
+from jaxmem.nn.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    NormType,
+    build_norm,
+    dropout,
+    weight_dropout,
+)
 
 INIT = nnx.initializers.normal(0.5)
 
@@ -37,6 +54,30 @@ def test_layer_norm_starts_as_the_identity_on_standard_rows(use_bias: bool):
     assert (layer.bias is not None) == use_bias
     row = jnp.array([[1.0, -1.0, 1.0, -1.0]])
     np.testing.assert_allclose(layer(row), row, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norms_of_a_kind(kind: NormType):
+    norm = build_norm(kind, 2, eps=1.5, use_bias=False)
+    x = jnp.array([[0.5, -0.5], [3.0, 1.0]])
+    rms = math.sqrt(0.25 + 1.5), math.sqrt(5.0 + 1.5)
+    layer = math.sqrt(0.25 + 1.5), math.sqrt(1.0 + 1.5)
+    by, moved = (rms, 0.0) if kind == "rms" else (layer, 2.0)
+    expected = [[0.5 / by[0], -0.5 / by[0]], [(3.0 - moved) / by[1], (1.0 - moved) / by[1]]]
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
+    norm.weight[...] = jnp.array([2.0, 0.0])
+    np.testing.assert_allclose(norm(x), expected * np.array([2.0, 0.0]), rtol=1e-6)
+    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(norm))] == [(2,)]
+
+
+def test_a_bias_may_start_from_a_draw():
+    layer = Linear(3, 2000, use_bias=True, init=INIT, bias_init=uniform(0.25), rngs=nnx.Rngs(0))
+    bias = np.asarray(layer.bias[...])
+    assert 0.24 < np.max(bias) < 0.25
+    assert -0.25 < np.min(bias) < -0.24
+    plain = Linear(3, 2000, use_bias=True, init=INIT, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(plain.kernel[...], layer.kernel[...])
 
 
 def test_embedding_beyond_the_table_is_nan():
@@ -96,6 +137,12 @@ def test_initialisers():
     init = fan_in_init(4)
     draws = [np.std(f(key, (400, 100), jnp.float32)) for f in init]
     np.testing.assert_allclose(draws, [1 / 20, 1 / 40, 1.0, 1 / 10], rtol=0.02)
+    init = uniform_init()
+    draws = [np.asarray(f(key, (400, 100), jnp.float32)) for f in init]
+    spreads = [1 / 20 / math.sqrt(3), 1 / 20 / math.sqrt(3), 0.02, 0.02]
+    np.testing.assert_allclose([np.std(d) for d in draws], spreads, rtol=0.02)
+    for draw in draws[:2]:
+        assert 0.0499 < np.max(np.abs(draw)) <= 0.05
     np.testing.assert_allclose(decay_ladder(4), [0.05, 0.2, 0.35, 0.5], rtol=1e-6)
     uniform = uniform_per_head(key, 1000)
     assert 0.0 <= float(jnp.min(uniform)) < 0.05

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.ops.norms import at_least_float32, clamped_exp, l2_normalise, layer_norm
+from jaxmem.ops.norms import at_least_float32, clamped_exp, l2_normalise, layer_norm, rms_norm
 from tests.helpers.compare import FORWARD, GRADIENT, assert_close
 
 
@@ -75,3 +75,37 @@ def test_at_least_float32():
     assert at_least_float32(jnp.ones(1, jnp.bfloat16)).dtype == jnp.float32
     with jax.enable_x64(True):
         assert at_least_float32(jnp.ones(1, jnp.float64)).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_rms_norm_and_its_gradient(weighted: bool, eps: float):
+    x, weight = (jax.random.normal(jax.random.key(n), s) for n, s in enumerate([(3, 8), (8,)]))
+    x = (3.0 * x + 1.0).at[0].set(0.0)
+
+    def formula(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y = x / jnp.sqrt(jnp.sum(x**2, -1, keepdims=True) / 8 + eps)
+        return y * weight if weighted else y
+
+    def ours(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return rms_norm(x, weight if weighted else None, eps=eps)
+
+    def run(function, *args):
+        scalar = lambda *a: jnp.sum(jnp.sin(function(*a)))  # noqa: E731
+        return function(*args), jax.grad(scalar, argnums=(0, 1))(*args)
+
+    y, grads = jax.jit(lambda *a: run(ours, *a))(x, weight)
+    expected_y, expected_grads = jax.jit(lambda *a: run(formula, *a))(x, weight)
+    assert_close(y, expected_y, FORWARD)
+    assert_close(grads, expected_grads, GRADIENT)
+    np.testing.assert_array_equal(y[0], 0.0)
+    zeros = (weight if weighted else jnp.ones(8)) / math.sqrt(eps)  # cos(0) · weight / sqrt(eps)
+    np.testing.assert_allclose(grads[0][0], zeros, rtol=1e-5)
+
+
+def test_rms_norm_rounds_once():
+    x = jax.random.normal(jax.random.key(0), (4, 64)).astype(jnp.bfloat16)
+    weight = jnp.linspace(0.5, 1.5, 64)
+    y = rms_norm(x, weight)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, rms_norm(x.astype(jnp.float32), weight).astype(jnp.bfloat16))
