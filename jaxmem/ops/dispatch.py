@@ -31,6 +31,12 @@ KERNELS = ("pallas", "cudnn")
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
+class Slower(str):
+    """A condition that only `auto` minds: the implementation runs, but another one is faster."""
+
+    __slots__ = ()
+
+
 class _Op(NamedTuple):
     """A declared op."""
 
@@ -67,7 +73,8 @@ def declare(call: Callable[..., Any], **candidates: Unmet | None) -> None:
     """Announce an op by its public function, and its implementations, the preferred one first.
 
     Each comes with a function of the operands and options that the op hands to `resolve`. It says
-    which condition the call does not meet; None stands for one that nothing can go wrong with.
+    which condition the call does not meet, or that it is `Slower`; None stands for one that nothing
+    can go wrong with.
     """
     _OPS[call.__name__] = _Op(call, candidates)
 
@@ -229,7 +236,7 @@ def _named(
             f"Use one of these, or 'auto'."
         )
     why = _unmet(candidates[name], operands, options)
-    if why is not None:
+    if why is not None and not isinstance(why, Slower):
         raise KernelUnsupported(
             f"{op} cannot run implementation {name!r}: {why}. "
             f"Use 'auto', or one of {', '.join(n for n in candidates if n != name)}."

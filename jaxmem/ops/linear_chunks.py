@@ -1,0 +1,152 @@
+"""Linear attention chunk by chunk in plain JAX: a quadratic form inside, a state in between.
+
+The carry is all that is kept for the backward pass (`jax.checkpoint`); on a CPU this is the fastest
+form forward and backward (kernels are for GPUs). Squared attention is the same walk with squared
+weights inside the chunk and the products of two channels as features between chunks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmem.ops.linear_reference import Features
+from jaxmem.ops.linear_terms import LinearState, Operands
+from pallas_kernels._compat import Precision
+
+
+class Walk(NamedTuple):
+    """The static part of a call."""
+
+    power: int
+    """The power of q·k that a weight is."""
+    features: Features
+    """φ with φ(q)·φ(k) = (q·k)^power."""
+    scale: float
+    chunk_size: int
+    precision: Precision | None
+
+
+class _Chunk(NamedTuple):
+    """Tokens of one chunk; groups of heads share queries and keys."""
+
+    q: Array
+    """[B G C K]"""
+    k: Array
+    """[B G C K]"""
+    v: Array
+    """[B H C V]"""
+    log_decay: Array | None
+    """[B H C]"""
+    document: Array | None
+    """[B C]"""
+
+
+class _Carry(NamedTuple):
+    """What one chunk hands to the next."""
+
+    memory: Array
+    """[B H F V]"""
+    total: Array | None
+    """[B H F]"""
+    document: Array
+    """Document of the last token [B]."""
+
+
+def run(
+    operands: Operands, start: LinearState, walk: Walk
+) -> tuple[Array, Array | None, LinearState]:
+    """Walk over the chunks; see `linear_attention` and `squared_attention` for the formulas."""
+    length = operands.q.shape[1]
+    chunks = _cut(operands, min(walk.chunk_size, length))
+    carry = _Carry(*start, jnp.zeros((operands.q.shape[0],), jnp.int32))
+    body = jax.checkpoint(functools.partial(_chunk, walk))
+    carry, (y, total) = lax.scan(body, carry, chunks)
+    y, total = (None if a is None else _joined(a)[:, :length] for a in (y, total))
+    return y, total, LinearState(carry.memory, carry.total)
+
+
+def _joined(chunks: Array) -> Array:
+    """Merge [N B H C ...] into [B T H ...]."""
+    tokens = jnp.moveaxis(chunks, (0, 3), (1, 2))
+    return tokens.reshape(tokens.shape[0], -1, *tokens.shape[3:])
+
+
+def _cut(operands: Operands, size: int) -> _Chunk:
+    """Cut rows into chunks along a new first axis, the ragged last one filled with padding."""
+    fill = -operands.q.shape[1] % size
+
+    def chunks(a: Array) -> Array:  # [B T H ...] to [N B H C ...]
+        a = jnp.pad(a.astype(operands.wide), ((0, 0), (0, fill), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), (1, 3), (0, 2))
+
+    document = operands.document
+    if document is not None:
+        document = jnp.pad(document, ((0, 0), (0, fill)), mode="edge")
+        document = jnp.moveaxis(document.reshape(document.shape[0], -1, size), 1, 0)
+    gates = operands.log_decay
+    q, k, v = chunks(operands.q), chunks(operands.k), chunks(operands.v)
+    return _Chunk(q, k, v, None if gates is None else chunks(gates), document)
+
+
+def _chunk(walk: Walk, carry: _Carry, chunk: _Chunk) -> tuple[_Carry, tuple[Array, Array | None]]:
+    """Read and write one chunk."""
+    product = functools.partial(jnp.einsum, precision=walk.precision)
+    share = chunk.v.shape[1] // chunk.q.shape[1]
+
+    # A product with an axis of heads on one side only takes half again as long on a CPU.
+    def per_head(a: Array) -> Array:  # [B G ...] to [B H ...]
+        return jnp.repeat(a, share, axis=1)
+
+    asked = walk.scale * chunk.q
+    weights = per_head(product("bgik,bgjk->bgij", asked, chunk.k) ** walk.power) * _within(chunk)
+    asked, written = per_head(walk.features(asked)), per_head(walk.features(chunk.k))
+    since, until, kept = _across(chunk, carry.document)
+    y = product("bhij,bhjv->bhiv", weights, chunk.v)
+    y = y + since[..., None] * product("bhif,bhfv->bhiv", asked, carry.memory)
+    values = chunk.v * until[..., None]
+    memory = kept[..., None, None] * carry.memory
+    memory = memory + product("bhjf,bhjv->bhfv", written, values)
+    total = weight = None
+    if carry.total is not None:
+        weight = jnp.sum(weights, axis=-1)
+        weight = weight + since * product("bhif,bhf->bhi", asked, carry.total)
+        total = kept[..., None] * carry.total
+        until = jnp.broadcast_to(until, chunk.v.shape[:3])
+        total = total + product("bhjf,bhj->bhf", written, until)
+    last = carry.document if chunk.document is None else chunk.document[:, -1]
+    return _Carry(memory, total, last), (y, weight)
+
+
+def _within(chunk: _Chunk) -> Array:
+    """Return the factors of the weights inside a chunk [B|1 H|1 C C]: decay, 0 if invisible."""
+    size = chunk.q.shape[2]
+    seen = jnp.tril(jnp.ones((size, size), bool))[None]
+    if chunk.document is not None:
+        seen = seen & (chunk.document[:, :, None] == chunk.document[:, None, :])
+    seen = seen[:, None]
+    if chunk.log_decay is None:
+        return seen.astype(chunk.q.dtype)
+    passed = jnp.cumsum(chunk.log_decay, axis=-1)
+    passed = passed[..., :, None] - passed[..., None, :]
+    return jnp.exp(jnp.where(seen, passed, -jnp.inf))
+
+
+def _across(chunk: _Chunk, before: Array) -> tuple[Array, Array, Array]:
+    """Return the factors between a chunk and the states around it, broadcastable.
+
+    They are, from the state before to each token [B H C], from each token to the state after
+    [B H C], and from the state before to the state after [B H].
+    """
+    ones = jnp.ones((1, 1, chunk.q.shape[2]), chunk.q.dtype)
+    since = until = ones
+    if chunk.log_decay is not None:
+        passed = jnp.cumsum(chunk.log_decay, axis=-1)
+        since, until = jnp.exp(passed), jnp.exp(passed[..., -1:] - passed)
+    if chunk.document is not None:
+        first, last = before[:, None], chunk.document[:, -1:]
+        since = jnp.where((chunk.document == first)[:, None], since, 0.0)
+        until = jnp.where((chunk.document == last)[:, None], until, 0.0)
+    return since, until, since[..., -1]

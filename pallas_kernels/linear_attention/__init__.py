@@ -1,0 +1,16 @@
+"""Gated linear attention on GPUs: a decaying matrix state per head, walked in chunks."""
+
+from pallas_kernels.linear_attention.backward import linear_backward
+from pallas_kernels.linear_attention.cases import cases
+from pallas_kernels.linear_attention.forward import linear_forward
+from pallas_kernels.linear_attention.launch import NAME, LinearAttentionConfig, find_config, unmet
+
+__all__ = [
+    "NAME",
+    "LinearAttentionConfig",
+    "cases",
+    "find_config",
+    "linear_backward",
+    "linear_forward",
+    "unmet",
+]

@@ -1,0 +1,19 @@
+"""Squared attention in tiles: weights (q·k)² with decay, summed and never in memory."""
+
+from pallas_kernels.squared_attention.backward import squared_backward
+from pallas_kernels.squared_attention.forward import squared_forward
+from pallas_kernels.squared_attention.launch import (
+    NAME,
+    SquaredAttentionConfig,
+    find_config,
+    unmet,
+)
+
+__all__ = [
+    "NAME",
+    "SquaredAttentionConfig",
+    "find_config",
+    "squared_backward",
+    "squared_forward",
+    "unmet",
+]
