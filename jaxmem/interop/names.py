@@ -17,6 +17,7 @@ from flax import nnx
 from jaxmem.errors import CheckpointMismatch
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LISTED_NAMES = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 _LISTED = 8
 """Names of each kind that a message lists."""
 
@@ -56,25 +57,31 @@ class Origin(NamedTuple):
 
     name: str
     """Dotted name in the original; `{n}` stands for a layer number, `{i}` for an index of our first
-    axis, where the original has a tensor for each."""
+    axis, where the original has a tensor for each, and `{q|k|v}` for names of tensors that stand
+    side by side along our last axis."""
     layout: Layout = SAME
-    """Of a tensor of the original; where it has several, against ours without the first axis."""
+    """Of a tensor of the original; where it has several, against its part of ours."""
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """Return the names of the tensors that make up a parameter of this shape."""
-        if "{i}" not in self.name:
+        if "{i}" in self.name:
+            return [self.name.replace("{i}", str(i)) for i in range(shape[0])]
+        listed = _LISTED_NAMES.search(self.name)
+        if listed is None:
             return [self.name]
-        return [self.name.replace("{i}", str(i)) for i in range(shape[0])]
+        return [self.name.replace(listed[0], each) for each in listed[1].split("|")]
 
     def to_ours(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         """Take the parameter out of arrays by original name."""
         parts = [self.layout.to_ours(arrays[name]) for name in self.names(shape)]
-        return np.stack(parts) if "{i}" in self.name else parts[0]
+        if "{i}" in self.name:
+            return np.stack(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     def to_original(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """Return the tensors of the original by name."""
-        parts = array if "{i}" in self.name else [array]
         names = self.names(array.shape)
+        parts = array if "{i}" in self.name else np.split(array, len(names), axis=-1)
         layout = self.layout.to_original
         return {n: np.asarray(layout(a), order="C") for n, a in zip(names, parts, strict=True)}
 

@@ -1,13 +1,16 @@
 """Per-row append-only buffers, the storage of attention-like states."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxmem.errors import ShapeError
 from jaxmem.ops.attention import Places
 from jaxmem.ops.segments import Spans
-from jaxmem.shapes import RowInts, SegmentIds, Valid
+from jaxmem.shapes import Keys, RowInts, SegmentIds, Valid, Values
 
 
 def append(
@@ -61,3 +64,61 @@ def places_in_cache(segments: Int[Array, "B N"], length: RowInts, rows: Spans) -
         query_segment=rows.segment,
         key_segment=segments,
     )
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of the tokens seen, per row."""
+
+    keys: Float[Array, "B N H K"]
+    values: Float[Array, "B N H V"]
+    log_decay: Float[Array, "B N H"] | None
+    """Decay that each token lets the weights of earlier ones pass with; None: none."""
+    segments: Int[Array, "B N"]
+    """Document of each slot, 0 where it is unused."""
+    length: RowInts
+    """Slots in use."""
+
+
+def init_cache(
+    batch: int,
+    size: int,
+    heads: int,
+    width: int,
+    dtype: DTypeLike,
+    *,
+    value_width: int | None = None,
+    log_decay: bool = False,
+) -> KeyValueCache:
+    """Return an empty cache of `size` tokens per row; decays are float32 or wider."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return KeyValueCache(
+        keys=jnp.zeros((batch, size, heads, width), dtype),
+        values=jnp.zeros((batch, size, heads, value_width or width), dtype),
+        log_decay=jnp.zeros((batch, size, heads), wide) if log_decay else None,
+        segments=jnp.zeros((batch, size), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def stored(
+    cache: KeyValueCache,
+    keys: Keys,
+    values: Values,
+    segment_ids: SegmentIds,
+    rows: Spans,
+    log_decay: Float[Array, "B T H"] | None = None,
+) -> tuple[KeyValueCache, Places]:
+    """Append tokens to a cache, and say where they and all others stand."""
+    start, valid = cache.length, rows.valid
+    decays = cache.log_decay
+    if decays is not None:
+        decays = append(decays, log_decay, start, valid)
+    segments = append(cache.segments, segment_ids, start, valid)
+    after = KeyValueCache(
+        keys=append(cache.keys, keys, start, valid),
+        values=append(cache.values, values, start, valid),
+        log_decay=decays,
+        segments=segments,
+        length=start + rows.rank[:, -1],
+    )
+    return after, places_in_cache(segments, start, rows)

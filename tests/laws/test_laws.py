@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmem.interop import attention_types
 from jaxmem.mixers.base import Mixer, build, config_class, names
 from jaxmem.nn.init import gpt2_init
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
@@ -40,6 +41,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "contextual_memory_v2",
         {"window": 3, "min_lag": 2, "max_lag": 4},
     ),
+    "mamba2": ("mamba2", {"head_dim": 8, "state_dim": 4, "conv": 3}),
+    "mamba2-one_head": ("mamba2", {"head_dim": 8, "ssm_dim": 8, "state_dim": 4}),
+    "softmax_state-output": ("softmax_state", {"of": "output"}),
+    "root_orders": ("root_orders", {"num_heads": 2, "orders": 3}),
+    "two_mamba-gated_softmax": (
+        "two_mamba",
+        attention_types.fields("gated_softmax", "attention"),
+    ),
+    "two_mamba-linear_cosine": (
+        "two_mamba",
+        attention_types.fields("linear_cosine", "attention"),
+    ),
+    "two_mamba-e": ("two_mamba", attention_types.fields("2mamba_e")),
 }
 """Configurations that take other paths than the defaults: further ones, or in place of them."""
 

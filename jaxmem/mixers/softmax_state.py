@@ -1,0 +1,160 @@
+"""Two layers that take a softmax or an exponential of a linear attention's state or output.
+
+Unlisted types of the softmax-as-RNN paper, kept for comparison: neither compares pairs of tokens.
+
+Reference: upstream `softmax_seq` and `softmax_seq2` of 2Mamba2Furious (arXiv 2507.23632).
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxmem.errors import ConfigError
+from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
+from jaxmem.nn.heads import check_heads, merge_heads, split_heads
+from jaxmem.nn.init import Init
+from jaxmem.nn.layers import Linear, RMSNorm
+from jaxmem.nn.rows import Last, Row, after, init_last, row_of
+from jaxmem.ops.dispatch import Implementation
+from jaxmem.ops.linear_attention import LinearState, init_linear_state, linear_attention
+from jaxmem.ops.norms import at_least_float32, rms_norm
+from jaxmem.ops.rope import rope
+from jaxmem.shapes import Activations, Queries, SegmentIds
+
+CLAMP = 5.0
+"""Largest output before the exponential."""
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxStateConfig(MixerConfig):
+    """What the exponential is taken of."""
+
+    paper: ClassVar[str] = "softmax as RNN (arXiv 2507.23632)"
+    parity: ClassVar[str] = "golden: `softmax_seq` and `softmax_seq2`"
+
+    num_heads: int = 4
+    """Heads; must divide the model width, an even number of channels each."""
+    of: Literal["state", "output"] = "state"
+    """state: a softmax over the key channels of the state (`softmax_seq`); output: an exponential
+    of each output channel, then a norm (`softmax_seq2`)."""
+
+    def check(self, dim: int, path: str) -> None:
+        """Raise ConfigError unless heads have an even width and `of` is known."""
+        check_heads(dim, self.num_heads, path)
+        if (dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"{path}.num_heads={self.num_heads} makes heads of {dim // self.num_heads} "
+                "channels, which rope cannot turn in pairs. Use an even head width."
+            )
+        if self.of not in ("state", "output"):
+            raise ConfigError(f"{path}.of={self.of!r}. Use one of state, output.")
+
+
+class SoftmaxStateState(NamedTuple):
+    """Sums over the tokens so far."""
+
+    sums: LinearState
+    last: Last
+
+
+@register("softmax_state", SoftmaxStateConfig)
+class SoftmaxState(Mixer):
+    """M_t = (1/n_t) Σ_{j≤t} k_j v_jᵀ, read through a softmax or followed by an exponential.
+
+    state: o_t[v] = Σ_c q_t[c] softmax_c(M_t[c, v]); output: RMSNorm(e^min(q_tᵀ M_t / sqrt(K), 5))
+
+    Reference: upstream `softmax_seq` (state) and `softmax_seq2` (output).
+    """
+
+    config: SoftmaxStateConfig
+
+    def __init__(self, config: SoftmaxStateConfig, dim: int, *, init: Init, rngs: nnx.Rngs):
+        super().__init__(config, dim, init=init, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=False, init=init.weight, rngs=rngs)
+        self.out = Linear(dim, dim, use_bias=False, init=init.residual, rngs=rngs)
+        normed = config.of == "output"
+        self.norm = RMSNorm(dim // config.num_heads, eps=EPS) if normed else None
+
+    def init_state(
+        self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
+    ) -> SoftmaxStateState:
+        """Return the state before any token; its size does not depend on `max_len`."""
+        dtype = jnp.dtype(self.out.kernel.dtype if dtype is None else dtype)
+        heads, width = self.config.num_heads, self.dim // self.config.num_heads
+        sums = init_linear_state(batch, heads, width, width, with_total=False, dtype=dtype)
+        return SoftmaxStateState(sums, init_last(batch))
+
+    def mix(
+        self,
+        x: Activations,
+        state: SoftmaxStateState | None,
+        *,
+        segment_ids: SegmentIds | None,
+        positions: SegmentIds | None,
+        rngs: nnx.Rngs | None,
+        implementation: Implementation,
+    ) -> MixerOutput:
+        """Run a row of tokens."""
+        last = None if state is None else state.last
+        row = row_of(x.shape[1], segment_ids, positions, last)
+        q, k, v = (
+            split_heads(a, self.config.num_heads) for a in jnp.split(self.qkv(x), 3, axis=-1)
+        )
+        places = jnp.broadcast_to(row.positions, x.shape[:2])
+        q, k = rope(q, places, layout="half"), rope(k, places, layout="half")
+        start = None if state is None else state.sums
+        count = row.count.astype(at_least_float32(x).dtype)[..., None, None]
+        if self.norm is None:
+            y, sums = _read_states(q, k, v, count, row, start)
+        else:
+            read = linear_attention(
+                q,
+                k,
+                v,
+                scale=1.0 / math.sqrt(q.shape[-1]),
+                initial_state=start,
+                segment_ids=row.ids,
+                initial_segment=row.before,
+                implementation=implementation,
+            )
+            mean = at_least_float32(read.y) / count
+            y = jnp.exp(jnp.where(mean > CLAMP, CLAMP, mean))
+            y, sums = rms_norm(y, self.norm.weight[...], eps=EPS), read.state
+        if state is not None:
+            state = SoftmaxStateState(sums, after(row, state.last))
+        return MixerOutput(self.out(merge_heads(y).astype(x.dtype)), state, {})
+
+
+def _read_states(
+    q: Queries, k: Queries, v: Queries, count: Array, row: Row, start: LinearState | None
+) -> tuple[Array, LinearState]:
+    """Read every token's own state, which has to be made for it: a step per token."""
+    wide = at_least_float32(q).dtype
+    batch, length, heads, width = q.shape
+    if start is None:
+        start = init_linear_state(batch, heads, width, width, with_total=False, dtype=wide)
+    real = starts = jnp.zeros((batch, length), bool)
+    if row.spans is None:
+        real = ~real
+    else:
+        real, starts = row.spans.valid, row.spans.reset
+
+    def step(memory: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, count, real, first = inputs  # [B H K] thrice, [B|1 1 1], [B] twice
+        memory = jnp.where(first[:, None, None, None], 0.0, memory)
+        written = k[..., None] * v[..., None, :]
+        memory = memory + jnp.where(real[:, None, None, None], written, 0.0)
+        weights = jax.nn.softmax(memory / count[..., None], axis=-2)
+        return memory, jnp.einsum("bhk,bhkv->bhv", q, weights)
+
+    tokens = (*(a.astype(wide) for a in (q, k, v)), count, real, starts)
+    tokens = tuple(jnp.moveaxis(a, 1, 0) for a in tokens)
+    memory, y = lax.scan(jax.checkpoint(step), start.memory.astype(wide), tokens)
+    return jnp.moveaxis(y, 0, 1), LinearState(memory, None)

@@ -1,0 +1,69 @@
+"""Where the tokens of a call stand: documents, counts and positions, continued from a state."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from jaxmem.nn import cache
+from jaxmem.ops.attention import Places
+from jaxmem.ops.segments import Spans, last_real, positions_in_segment, spans
+from jaxmem.shapes import RowInts, SegmentIds
+
+
+class Last(NamedTuple):
+    """Where each row's last token stands; part of a state."""
+
+    place: RowInts
+    """Tokens of its document up to itself."""
+    segment: RowInts
+    """Its document, 0 before any."""
+
+
+class Row(NamedTuple):
+    """Where the tokens of a call stand."""
+
+    ids: SegmentIds | None
+    """Documents; None: one row of one document each, and no state."""
+    before: RowInts | None
+    """Document of the state."""
+    spans: Spans | None
+    count: Int[Array, "#B T"]
+    """Tokens of each token's document up to itself; 1 where there are none, in padding."""
+    positions: Int[Array, "#B T"]
+
+
+def init_last(batch: int) -> Last:
+    """Return the place before any token."""
+    return Last(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def row_of(
+    length: int, segment_ids: SegmentIds | None, positions: SegmentIds | None, last: Last | None
+) -> Row:
+    """Describe the tokens of a call from its arguments and the state, if any."""
+    if last is None and segment_ids is None:
+        index = jnp.arange(length)[None]
+        return Row(None, None, None, index + 1, index if positions is None else positions)
+    before = None if last is None else last.segment
+    ids = segment_ids if last is None else cache.continued(segment_ids, last.segment, length)
+    rows = spans(ids, before)
+    place = positions_in_segment(rows, None if last is None else last.place)
+    # Before the first real token of a row padding sees nothing; 1 keeps logarithms finite.
+    count = jnp.maximum(place + rows.valid, 1)
+    return Row(ids, before, rows, count, place if positions is None else positions)
+
+
+def after(row: Row, last: Last) -> Last:
+    """Return where the last token of a call stands."""
+    valid = row.spans.valid
+    return Last(last_real(row.count, valid, last.place), last_real(row.ids, valid, last.segment))
+
+
+def places_in_row(row: Row) -> Places | None:
+    """Return places by index; padding is not seen, and sees what the token before it sees."""
+    if row.spans is None:
+        return None
+    index = jnp.broadcast_to(jnp.arange(row.ids.shape[1]), row.ids.shape)
+    return Places(index, index, row.spans.segment, row.ids)

@@ -1,0 +1,272 @@
+"""The laws for every published name of the two_mamba papers, one shape each, in float64.
+
+A name has one test, for two programs are all that it needs to compile. The shapes that other
+mixers are tried at (test_laws.py) are tried here on rows that cover all pairs of fields.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.errors import ConfigError
+from jaxmem.interop.attention_types import ATTENTION, FIXED, MAMBA, from_name
+from jaxmem.mixers.base import Mixer, MixerConfig, build
+from jaxmem.mixers.mamba2 import Mamba2Config
+from jaxmem.mixers.two_mamba import TwoMambaConfig
+from jaxmem.nn.init import uniform_init
+
+DIM, HEADS, BATCH, CUT = 8, 2, 2, 4
+# Padding before, between, inside and after documents, the first of which is that of the state.
+IDS = np.array([0, 1, 1, 0, 1, 2, 2, 0, 2, 2, 0])
+LENGTH = len(IDS)
+OPTIONS = {"num_heads": HEADS, "chunk_size": 3}
+
+
+def configs() -> dict[str, MixerConfig]:
+    """Return a config for each name; names of one function share a test."""
+    named: dict[str, MixerConfig] = {
+        f"attention-{name}": from_name(name, "attention", **OPTIONS) for name in ATTENTION
+    }
+    named |= {
+        f"fixed-{name}": from_name(name, "attention", fixed=True, **OPTIONS) for name in FIXED
+    }
+    named |= {f"mamba-{name}": from_name(name, **OPTIONS) for name in MAMBA}
+    half = {"head_dim": DIM // 2, "state_dim": 4, "chunk_size": 3}
+    named["mamba-mamba"] = Mamba2Config(ssm_dim=DIM // 2, **half)
+    return named
+
+
+NAMES = configs()
+DISTINCT = {config: name for name, config in reversed(NAMES.items())}
+
+
+def test_there_is_a_config_for_every_published_name():
+    assert (len(ATTENTION), len(FIXED), len(MAMBA) + 1) == (29, 2, 28)
+    # Four attention types repeat others, and one step of the build-up does.
+    assert len(NAMES) - len(DISTINCT) == 5
+
+
+class Runs(NamedTuple):
+    """What one program computes, whole rows apart."""
+
+    chunked: Any
+    steps: Any
+    split: Any
+    packed: Any
+    alone: Any
+    state: Any
+
+
+class Case:
+    """A mixer with random parameters in float64."""
+
+    def __init__(self, config: MixerConfig, length: int = LENGTH):
+        self.config, self.length = config, length
+        self.mixer = build(config, DIM, init=uniform_init(), rngs=nnx.Rngs(0))
+        self.graph, start = nnx.split(self.mixer, nnx.Param)
+        leaves, tree = jax.tree.flatten(start)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        moved = [
+            jnp.asarray(p, jnp.float64) + 0.3 * jax.random.normal(k, p.shape, jnp.float64)
+            for p, k in zip(leaves, keys, strict=True)
+        ]
+        self.params = jax.tree.unflatten(tree, moved)
+        self.x = jax.random.normal(jax.random.key(2), (BATCH, length, DIM), jnp.float64)
+        self.whole = jax.jit(self._with_gradients(lambda mixer, x: mixer(x).y))
+
+    def _with_gradients(self, run: Callable[[Mixer, jax.Array], jax.Array]) -> Callable:
+        def scalar(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = run(nnx.merge(self.graph, params), x)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+        def both(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            (_, y), grads = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+            return y, grads
+
+        return both
+
+    def runs(self) -> Runs:
+        """Run every other form in one program."""
+
+        @jax.jit
+        def program(params: Any, x: jax.Array) -> Runs:
+            mixer = nnx.merge(self.graph, params)
+            fresh = mixer.init_state(BATCH, max_len=self.length, dtype=x.dtype)
+            first = mixer(x[:, :CUT], fresh)
+            second = mixer(x[:, CUT:], first.state, form="chunked")
+            ids = jnp.broadcast_to(jnp.asarray(IDS[: self.length]), x.shape[:2])
+            packed = self._with_gradients(lambda m, x: m(x, segment_ids=ids).y)
+            return Runs(
+                mixer(x, form="chunked").y,
+                self._with_gradients(_steps)(params, x),
+                jnp.concatenate([first.y, second.y], axis=1),
+                packed(params, x),
+                self._with_gradients(_documents)(params, x),
+                second.state,
+            )
+
+        return program(self.params, self.x)
+
+
+def _steps(mixer: Mixer, x: jax.Array) -> jax.Array:
+    def body(state: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        out = mixer.step(token, state)
+        return out.state, out.y
+
+    fresh = mixer.init_state(x.shape[0], max_len=x.shape[1], dtype=x.dtype)
+    _, y = jax.lax.scan(body, fresh, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(y, 0, 1)
+
+
+def _documents(mixer: Mixer, x: jax.Array) -> jax.Array:
+    y = jnp.zeros_like(x)
+    for document in (1, 2):
+        places = np.flatnonzero(IDS[: x.shape[1]] == document)
+        y = y.at[:, places].set(mixer(x[:, places]).y)
+    return y
+
+
+def close(actual: Any, expected: Any) -> None:
+    """Compare trees in float64, relative to the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        size = float(np.max(np.abs(b), initial=0.0)) or 1.0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * size)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", DISTINCT.values())
+def test_laws_of_a_name(name: str):
+    case = Case(NAMES[name])
+    y, grads = case.whole(case.params, case.x)
+    assert float(jnp.std(y)) > 1e-3
+    runs = case.runs()
+    # Forms and splitting.
+    close(runs.chunked, y)
+    close(runs.steps, (y, grads))
+    close(runs.split, y)
+    # Packing: padding is silent, documents are alone.
+    np.testing.assert_array_equal(runs.packed[0][:, IDS == 0], 0.0)
+    np.testing.assert_array_equal(runs.packed[1][1][:, IDS == 0], 0.0)
+    close(runs.packed, runs.alone)
+    # Causality, to the bit, and that there is something to see.
+    later, _ = case.whole(case.params, case.x.at[:, CUT:].set(2.0))
+    np.testing.assert_array_equal(later[:, :CUT], y[:, :CUT])
+    assert float(jnp.max(jnp.abs(later[:, CUT:] - y[:, CUT:]))) > 1e-3
+    # No surprises, and no row that knows another.
+    again, _ = case.whole(case.params, case.x)
+    np.testing.assert_array_equal(again, y)
+    swapped, _ = case.whole(case.params, case.x[::-1])
+    close(swapped[::-1], y)
+    # Finite where everything is zero, also in the backward pass.
+    for nothing in (jax.tree.map(jnp.zeros_like, case.params), case.params):
+        found = case.whole(nothing, jnp.zeros_like(case.x))
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found))
+    # A state of constant shape, whose size is known without making it.
+    fresh = case.mixer.init_state(BATCH, max_len=LENGTH, dtype=jnp.float64)
+    chex_shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(s)] for s in (fresh, runs.state)]
+    assert chex_shapes[0] == chex_shapes[1]
+    assert all(leaf.shape[0] == BATCH for leaf in jax.tree.leaves(fresh))
+    single = case.mixer.init_state(BATCH, max_len=LENGTH)
+    assert case.mixer.state_bytes(BATCH, LENGTH) == sum(a.nbytes for a in jax.tree.leaves(single))
+
+
+@pytest.mark.parametrize("name", DISTINCT.values())
+def test_only_states_of_fixed_size_do_not_grow(name: str):
+    case = NAMES[name]
+    mixer = build(case, DIM, init=uniform_init(), rngs=nnx.Rngs(0))
+    constant = mixer.state_bytes(1, 10) == mixer.state_bytes(1, 1000)
+    powers = isinstance(case, Mamba2Config) or (
+        case.kernel in ("pow1", "pow2") and case.clamp is None
+    )
+    assert constant == powers
+
+
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "feature": ("id", "relu", "silu", "elu1", "l2", "l2_heads"),
+    "rope": ("none", "half", "pairs"),
+    "scale_products": (True, False),
+    "clamp": (None, 1.5),
+    "kernel": ("exp", "pow1", "pow2", "taylor", "series", "head_series"),
+    "decay": (
+        "none",
+        "discretize",
+        "neg_softplus",
+        "neg_softplus_dt",
+        "neg_softplus2",
+        "neg_silu",
+        "lagged",
+    ),
+    "denominator": ("one", "count", "count_pow", "sum", "gate_sum"),
+    "conv": (0, 2, 3, 4),
+    "value": ("none", "dt", "sigmoid", "silu", "softplus", "softplus2"),
+    "key_gate": ("none", "sigmoid", "count_pow"),
+    "skip": (False, True),
+    "out_gate": ("none", "pre", "post", "both", "z", "pre_exp"),
+    "norm": ("none", "ln", "rms", "l2", "l2d", "rms_all"),
+    "detach": (False, True),
+    "eps": (0.0, 0.01),
+    "dt_bias": (False, True),
+}
+
+
+def valid(fields: dict[str, Any]) -> TwoMambaConfig | None:
+    """Return the config of a row, or None if its fields do not fit together."""
+    config = TwoMambaConfig(**fields, terms=4, **OPTIONS)
+    try:
+        config.check(DIM, "row")
+    except ConfigError:
+        return None
+    return config
+
+
+def covering(rows: int) -> list[TwoMambaConfig]:
+    """Draw valid rows, each the one of many that has the most pairs of values not seen yet."""
+    draw = np.random.default_rng(0)
+    seen: set[tuple] = set()
+    chosen = []
+    for _ in range(rows):
+        best: tuple[int, Any, set] = (-1, None, set())
+        for _ in range(300):
+            fields = {name: values[draw.integers(len(values))] for name, values in FIELDS.items()}
+            config = valid(fields)
+            pairs = set(itertools.combinations(sorted(fields.items(), key=str), 2))
+            if config is not None and len(pairs - seen) > best[0]:
+                best = (len(pairs - seen), config, pairs)
+        chosen.append(best[1])
+        seen |= best[2]
+    return chosen
+
+
+ROWS = covering(20)
+
+
+def test_rows_of_the_matrix_have_every_value():
+    for name, values in FIELDS.items():
+        assert {getattr(row, name) for row in ROWS} == set(values), name
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_forms_of_a_row_at_other_shapes(row: int):
+    # One token, one chunk and a ragged rest take other paths than the length above.
+    for length in (1, 4):
+        case = Case(ROWS[row], length)
+        y, grads = case.whole(case.params, case.x)
+        steps, chunked = jax.jit(
+            lambda p, x, case=case: (
+                case._with_gradients(_steps)(p, x),
+                nnx.merge(case.graph, p)(x, form="chunked").y,
+            )
+        )(case.params, case.x)
+        close(steps, (y, grads))
+        close(chunked, y)
