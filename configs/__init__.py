@@ -45,7 +45,13 @@ def describe(name: str) -> Description:
     """
     if name not in names():
         raise _unknown(name)
-    text = ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text("utf-8"))) or ""
+    fields = paragraphs(_FOLDER / f"{name}.py")
+    return Description(name, *(fields.get(field, "") for field in Description._fields[1:]))
+
+
+def paragraphs(path: Path) -> dict[str, str]:
+    """Read the docstring of a file without importing it: its purpose, and what has a head."""
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     fields: dict[str, str] = {}
     paragraph = "purpose"
     for line in text.splitlines():
@@ -55,7 +61,7 @@ def describe(name: str) -> Description:
         elif not line.strip():
             paragraph = ""
         fields[paragraph] = f"{fields.get(paragraph, '')} {line.strip()}".strip()
-    return Description(name, *(fields.get(field, "") for field in Description._fields[1:]))
+    return fields
 
 
 def load(name_or_path: str) -> "RunConfig":
@@ -75,7 +81,7 @@ def load(name_or_path: str) -> "RunConfig":
     if not path.is_file():
         raise ConfigError(f"There is no file {path}. Give --config a preset's name or a file.")
     if path.suffix == ".py":
-        return _named(_run_file(path), path.stem)
+        return _named(run_file(path), path.stem)
     from jaxmem.training.config import from_json
 
     try:
@@ -85,7 +91,7 @@ def load(name_or_path: str) -> "RunConfig":
     return from_json(text, name=str(path))
 
 
-def _run_file(path: Path) -> ModuleType:
+def run_file(path: Path) -> ModuleType:
     """Run a file of the user.
 
     Raises:

@@ -1,10 +1,11 @@
-"""What ``--list`` shows: presets and mixers, read from source files; nothing heavy is imported."""
+"""What ``--list`` shows: presets, mixers and suites, read from source; imports nothing heavy."""
 
 import ast
 from pathlib import Path
 from typing import NamedTuple
 
 import configs
+from configs import suites
 
 _MIXERS = Path(__file__).parent.parent / "jaxmem" / "mixers"
 
@@ -46,7 +47,10 @@ def listing() -> str:
     presets = [configs.describe(name) for name in configs.names()]
     rows = [(p.name, p.purpose, p.parameters, p.time) for p in presets]
     lines = ["Presets: --config NAME", *_table(("name", "purpose", "parameters", "time"), rows), ""]
-    lines += ["Mixers: --mixer NAME", *_table(("name", "purpose"), mixers())]
+    lines += ["Mixers: --mixer NAME", *_table(("name", "purpose"), mixers()), ""]
+    swept = [(s.name, s.purpose, s.time) for s in map(suites.describe, suites.names())]
+    title = "Suites: python -m experiments.sweep --suite NAME"
+    lines += [title, *_table(("name", "purpose", "time"), swept)]
     return "\n".join(lines)
 
 
