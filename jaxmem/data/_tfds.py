@@ -43,7 +43,7 @@ def _unprepared_is_no_news() -> Iterator[None]:
 
 
 @_unprepared_is_no_news()
-def named_set(name: str, data_dir: str | None) -> dict[str, list[str]]:
+def named_set(name: str, data_dir: str | None, field: str = "text") -> dict[str, list[str]]:
     """Read the train and, where there is one, the validation split of a TFDS text set.
 
     A set that is not prepared yet is downloaded and prepared by TFDS as ArrayRecord; without a
@@ -52,13 +52,14 @@ def named_set(name: str, data_dir: str | None) -> dict[str, list[str]]:
     Args:
       name: ``NAME`` or ``NAME/CONFIG``, as TFDS lists them.
       data_dir: TFDS data folder; None means $TFDS_DATA_DIR, else TFDS's default.
+      field: feature that holds the text; for ``text``, another one will do if there is no other.
 
     Raises:
       DataError: unknown set, no network, no text feature, no train split, or prepared in a file
         format without random access.
     """
     builder = _builder(name, data_dir or os.environ.get("TFDS_DATA_DIR"))
-    feature = _text_feature(name, builder.info.features)
+    feature = _text_feature(name, builder.info.features, field)
     if not builder.is_prepared():
         _prepare(name, builder)
     splits = [split for split in ("train", "validation") if split in builder.info.splits]
@@ -93,18 +94,19 @@ def _builder(name: str, data_dir: str | None) -> Any:
         ) from None
 
 
-def _text_feature(name: str, features: Any) -> str:
+def _text_feature(name: str, features: Any, field: str) -> str:
     import tensorflow_datasets as tfds
 
     named = features if isinstance(features, tfds.features.FeaturesDict) else {}
     texts = sorted(key for key in named if isinstance(named[key], tfds.features.Text))
-    if "text" in texts:
-        return "text"
-    if len(texts) == 1:
+    if field in texts:
+        return field
+    if field == "text" and len(texts) == 1:
         return texts[0]
     raise DataError(
         f"tfds:{name} has the text features {', '.join(texts) or '(none)'}; expected one named "
-        "text, or exactly one. Choose another set, or write its texts to files."
+        f"{field}{', or exactly one' * (field == 'text')}. Name one by --data.field, choose "
+        "another set, or write its texts to files."
     )
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from jaxmem.errors import ConfigError, unknown_name
 
-Sampling = Literal["windows", "packed"]
-SOURCES = ("auto", "corpus", "stories", "text", "jsonl", "tokens")
+Sampling = Literal["windows", "packed", "documents"]
+SOURCES = ("auto", "corpus", "stories", "text", "jsonl", "parquet", "tokens")
 PATHLESS = ("corpus", "stories")
 """Sources that come with the library and take no path."""
 TFDS_PREFIX = "tfds:"
@@ -18,15 +18,26 @@ class DataConfig:
 
     source: str = "auto"
     """auto, corpus (Shakespeare's plays, extra `corpus`), stories (short ones, made up by a
-    program), text, jsonl (a JSON string per line), tokens, or tfds:NAME[/CONFIG].
+    program), text, jsonl (a JSON string or object per line), parquet, tokens, or
+    tfds:NAME[/CONFIG].
 
     auto takes the corpus when there is no path, a token array for .bin, .npy and folders that
-    hold train.bin, JSON lines for .jsonl, .ndjson and folders that hold train*.jsonl, and text
-    for everything else."""
+    hold train.bin, JSON lines for .jsonl and .ndjson (also .gz and .zst) and folders that hold
+    train*.jsonl, Parquet likewise, and text for everything else."""
 
     path: str | None = None
-    """Text file, folder of .txt/.md files, token array, file of JSON lines or folder with train*
-    and val* (or test*) files of them; with tfds:NAME the TFDS data folder."""
+    """Text file, folder of .txt/.md files, token array, file of JSON lines or Parquet, or folder of
+    such files, with train* and val* (or test*) by name; with tfds:NAME the TFDS data folder."""
+
+    field: str = "text"
+    """Where the text stands in JSON objects, Parquet columns and features of TFDS."""
+
+    validation_share: float = 0.0
+    """Share of the documents that is kept for validation where the data have no such split, chosen
+    by a hash of each text, however it is cut into files; 0: the last tenth."""
+
+    validation_seed: int = 123
+    """Another seed, other documents for validation."""
 
     tokenizer: str = "char"
     """char, byte, gpt2 (extra `corpus`), or the path of a tokenizer.json."""
@@ -35,7 +46,11 @@ class DataConfig:
     """Sequences per update, summed over all devices and processes."""
 
     sampling: Sampling = "windows"
-    """windows: uniformly random windows of the text; packed: whole documents, packed into rows."""
+    """windows: uniformly random windows of the text; packed: whole documents, packed into rows;
+    documents: the beginning of one document per row."""
+
+    begin_of_text: bool = False
+    """Rows of one document begin with the vocabulary's beginning-of-text token."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without touching the disk."""
@@ -50,6 +65,16 @@ class DataConfig:
             raise ConfigError(
                 f"data.source={self.source} takes no path, found data.path={self.path!r}. "
                 "Drop the path, or use --data.source auto to read it."
+            )
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError(
+                f"data.validation_share={self.validation_share}, expected a share from 0 up to, "
+                "but not including, 1. Give for example 0.001."
+            )
+        if self.begin_of_text and self.sampling != "documents":
+            raise ConfigError(
+                f"data.begin_of_text begins rows of one document, but data.sampling="
+                f"{self.sampling}. Use --data.sampling documents, or leave it out."
             )
         if self.batch_size < 1:
             raise ConfigError(

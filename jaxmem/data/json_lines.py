@@ -1,8 +1,8 @@
-"""Files with one JSON string per line: read as a stream, tokenised once, then memory-mapped.
+"""Documents of `jaxmem.data.shards`: tokenised once, then memory-mapped.
 
 Token arrays are kept in the folder of `jaxmem.cache.cache_dir`, under a name that depends on the
-files (place, size, time of the last change) and on the tokenizer. Neither the files nor the tokens
-are ever in memory as a whole.
+files (place, size, time of the last change), on what is read of them, and on the tokenizer. Neither
+the files nor the tokens are ever in memory as a whole.
 
 Reference: BabiStories (Memory Mosaics, arXiv 2405.06394, sec. 6), whose stories come in this form.
 """
@@ -24,28 +24,18 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from jaxmem.cache import cache_dir
+from jaxmem.data.shards import Reading, Story, is_packed, read_stories
 from jaxmem.data.tokenizers import Tokenizer
 from jaxmem.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson")
-"""Endings that say by themselves that a file holds JSON lines."""
-_FOLDER_SUFFIXES = (*SUFFIXES, ".json", ".txt")
-_PREFIXES = {"train": ("train",), "validation": ("val", "test")}
-
 # Counts the changes of the arrays' layout; part of the folder's name.
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS, _BOUNDS = "tokens.bin", "bounds.npy"
+# What precedes the names of these arrays for texts that are held out.
+_HELD = "held_"
 # Characters that are tokenised at once, on all cores; a batch takes some ten times as many bytes.
 _BLOCK = 2**22
 _SECONDS_BETWEEN_NOTES = 10.0
-
-
-class Story(NamedTuple):
-    """One text and where it stands."""
-
-    text: str
-    path: Path
-    line: int
 
 
 class StoryTokens(NamedTuple):
@@ -57,52 +47,7 @@ class StoryTokens(NamedTuple):
     """Story d holds the tokens bounds[d] to bounds[d + 1] - 1; one more entry than stories."""
 
 
-def story_files(path: Path) -> dict[str, list[Path]]:
-    """Find the files of both splits.
-
-    A file is the train split. In a folder these are the files whose names begin with ``train``,
-    and for the validation split ``val``, or if there is none ``test``; several are read in the
-    order of their names. The validation split may have no file.
-
-    Raises:
-      DataError: the folder has no train file.
-    """
-    if not path.is_dir():
-        return {"train": [path], "validation": []}
-    files = sorted(f for f in path.iterdir() if f.suffix in _FOLDER_SUFFIXES and f.is_file())
-    found: dict[str, list[Path]] = {}
-    for split, prefixes in _PREFIXES.items():
-        by_prefix = ([f for f in files if f.name.startswith(prefix)] for prefix in prefixes)
-        found[split] = next(filter(None, by_prefix), [])
-    if not found["train"]:
-        raise DataError(
-            f"The folder {path} holds no file train*{'|'.join(_FOLDER_SUFFIXES)}. Expected one "
-            "JSON string per line in such a file, and validation texts in val* or test*. "
-            "Check the path, or rename the files."
-        )
-    return found
-
-
-def read_stories(files: Iterable[Path]) -> Iterator[Story]:
-    """Read the strings one by one; blank lines are skipped.
-
-    Raises:
-      DataError: a line is no UTF-8, no JSON, or no string; the message names file and line.
-    """
-    for path in files:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield Story(_parse(line, f"{path}, line {number}"), path, number)
-
-
-def characters(files: Iterable[Path]) -> str:
-    """Return the distinct characters of the stories and of the newlines between them."""
-    return "".join(set("\n").union(*(story.text for story in read_stories(files))))
-
-
-def story_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> StoryTokens:
+def story_tokens(files: Sequence[Path], tokenizer: Tokenizer, field: str = "text") -> StoryTokens:
     """Return the tokens of all stories, each with its end; tokenise them if that was not done yet.
 
     Processes that ask at once wait for the first one. A kill leaves nothing that is taken for
@@ -112,12 +57,26 @@ def story_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> StoryTokens:
       DataError: see `read_stories`; a text does not fit the vocabulary; there is no story; or the
         cache folder cannot be written or is damaged.
     """
-    folder = cache_dir() / "tokens" / _name(files, tokenizer)
+    return divided_tokens(files, tokenizer, Reading(field))["train"]
+
+
+def divided_tokens(
+    files: Sequence[Path], tokenizer: Tokenizer, reading: Reading
+) -> dict[str, StoryTokens]:
+    """Return the same by split: ``train``, and as ``validation`` the stories that are held out.
+
+    Raises:
+      DataError: see `story_tokens`.
+    """
+    folder = cache_dir() / "tokens" / _name(files, tokenizer, reading)
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _prepare(files, tokenizer, folder)
-        return _open(folder, tokenizer)
+            _prepare(files, tokenizer, folder, reading)
+        return {
+            "train": _open(folder, tokenizer, ""),
+            "validation": _open(folder, tokenizer, _HELD),
+        }
     except OSError as error:
         raise DataError(
             f"The tokens of {_names(files)} cannot be kept in {folder.parent}: {error}. "
@@ -125,50 +84,25 @@ def story_tokens(files: Sequence[Path], tokenizer: Tokenizer) -> StoryTokens:
         ) from error
 
 
-def _parse(line: bytes, where: str) -> str:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is no UTF-8: byte 0x{line[error.start]:02x} at position {error.start}. "
-            "Expected JSON in UTF-8. Convert the file."
-        ) from None
-    except ValueError as error:
-        what = getattr(error, "msg", error)
-        raise DataError(
-            f"{where} is no JSON ({what}): {_short(line)}. Expected one JSON string per line, such "
-            'as "Once upon a time". Mend or remove the line; --data.source text reads plain text.'
-        ) from None
-    if not isinstance(value, str):
-        kind = {dict: "object", list: "array", type(None): "null"}.get(type(value), "value")
-        raise DataError(
-            f"{where} holds a JSON {kind}, expected a string: {_short(line)}. "
-            "Write each text as one JSON string on a line of its own."
-        )
-    return value
-
-
-def _short(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").strip()
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")
-
-
 def _names(files: Sequence[Path]) -> str:
     return files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more files"
 
 
-def _name(files: Sequence[Path], tokenizer: Tokenizer) -> str:
+def _name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
     """Name the folder of the arrays after all that they depend on."""
     facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    content = json.dumps([_FORMAT, tokenizer.fingerprint, facts])
+    content = json.dumps([_FORMAT, tokenizer.fingerprint, facts, reading])
     return f"{files[0].stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> StoryTokens:
-    """Map the arrays, after a look whether they belong together."""
+def _open(folder: Path, tokenizer: Tokenizer, side: str) -> StoryTokens:
+    """Map the arrays of one side, after a look whether they belong together."""
+    path = folder / f"{side}{_TOKENS}"
     try:
-        bounds = np.load(folder / _BOUNDS, mmap_mode="r", allow_pickle=False)
-        tokens = np.memmap(folder / _TOKENS, dtype=tokenizer.dtype, mode="r")
+        bounds = np.load(folder / f"{side}{_BOUNDS}", mmap_mode="r", allow_pickle=False)
+        if bounds[-1] == 0 == path.stat().st_size:  # which cannot be mapped
+            return StoryTokens(np.zeros(0, tokenizer.dtype), bounds)
+        tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r")
         whole = len(tokens) == bounds[-1]
     except (ValueError, EOFError, FileNotFoundError):
         whole = False
@@ -180,7 +114,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> StoryTokens:
     return StoryTokens(tokens, bounds)
 
 
-def _prepare(files: Sequence[Path], tokenizer: Tokenizer, folder: Path) -> None:
+def _prepare(files: Sequence[Path], tokenizer: Tokenizer, folder: Path, reading: Reading) -> None:
     """Write the arrays beside ``folder`` and rename the result into place, which is atomic."""
     with _turn(folder.with_name(f"{folder.name}.lock")) as alone:
         if folder.is_dir():  # another process has made it meanwhile
@@ -190,7 +124,7 @@ def _prepare(files: Sequence[Path], tokenizer: Tokenizer, folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(files, tokenizer, partial)
+            _write(files, tokenizer, partial, reading)
             try:
                 partial.rename(folder)
             except OSError:
@@ -212,24 +146,49 @@ def _turn(path: Path) -> Iterator[bool]:
             yield True
 
 
-def _write(files: Sequence[Path], tokenizer: Tokenizer, folder: Path) -> None:
-    lengths = [np.zeros(1, np.int64)]
+def _write(files: Sequence[Path], tokenizer: Tokenizer, folder: Path, reading: Reading) -> None:
     progress = _Progress(files)
-    with (folder / _TOKENS).open("wb") as out:
-        for block in _blocks(read_stories(files)):
+    hold_out = reading.hold_out
+    with _Arrays(folder, "", tokenizer) as kept, _Arrays(folder, _HELD, tokenizer) as held:
+        for block in _blocks(read_stories(files, reading.field)):
             pieces = _encode(block, tokenizer)
-            np.concatenate(pieces, dtype=tokenizer.dtype, casting="unsafe").tofile(out)
-            lengths.append(np.array([len(piece) for piece in pieces], np.int64))
+            sides = [hold_out is not None and hold_out.takes(story.text) for story in block]
+            for side, arrays in ((False, kept), (True, held)):
+                arrays.add([p for p, s in zip(pieces, sides, strict=True) if s is side])
             progress.add(block, sum(map(len, pieces)))
-        out.flush()
-        os.fsync(out.fileno())
-    bounds = np.cumsum(np.concatenate(lengths))
-    if len(bounds) == 1:
-        raise DataError(
-            f"{_names(files)} in {files[0].parent}: no text in {progress.size} bytes, expected "
-            "one JSON string per line. Fill or remove it."
-        )
-    np.save(folder / _BOUNDS, bounds)
+        if not (kept.number or held.number):
+            raise DataError(
+                f"{_names(files)} in {files[0].parent}: no text in {progress.size} bytes, expected "
+                "one JSON string per line, or rows of a table. Fill or remove it."
+            )
+
+
+class _Arrays:
+    """The arrays of one side while they are written; complete when the context is left."""
+
+    def __init__(self, folder: Path, side: str, tokenizer: Tokenizer):
+        self._bounds = folder / f"{side}{_BOUNDS}"
+        self._dtype = tokenizer.dtype
+        self._lengths = [np.zeros(1, np.int64)]
+        self._out = (folder / f"{side}{_TOKENS}").open("wb")
+        self.number = 0
+
+    def __enter__(self) -> "_Arrays":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._out as out:
+            if kind is None:
+                out.flush()
+                os.fsync(out.fileno())
+                np.save(self._bounds, np.cumsum(np.concatenate(self._lengths)))
+
+    def add(self, pieces: Sequence[np.ndarray]) -> None:
+        """Append texts."""
+        if pieces:
+            np.concatenate(pieces, dtype=self._dtype, casting="unsafe").tofile(self._out)
+            self._lengths.append(np.array([len(piece) for piece in pieces], np.int64))
+            self.number += len(pieces)
 
 
 def _blocks(stories: Iterable[Story]) -> Iterator[list[Story]]:
@@ -263,6 +222,8 @@ class _Progress:
     def __init__(self, files: Sequence[Path]):
         self.size = sum(f.stat().st_size for f in files)
         self._what = _names(files)
+        self._packed = is_packed(files)
+        self._places = {file: place for place, file in enumerate(files, start=1)}
         self._stories = self._tokens = self._characters = 0
         self._next = time.monotonic() + _SECONDS_BETWEEN_NOTES
 
@@ -274,5 +235,7 @@ class _Progress:
         if time.monotonic() >= self._next:
             self._next += _SECONDS_BETWEEN_NOTES
             share = min(self._characters / max(self.size, 1), 1.0)
-            note = f"{self._stories:,} texts, {self._tokens:,} tokens, about {share:.0%}"
+            place = f"file {self._places[block[-1].path]} of {len(self._places)}"
+            where = place if self._packed else f"about {share:.0%}"
+            note = f"{self._stories:,} texts, {self._tokens:,} tokens, {where}"
             print(f"Tokenising {self._what}: {note}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Documents into rows of a fixed length, with segment ids.
+"""Documents into rows of a fixed length, with segment ids: packed, or one document per row.
 
 Who goes where is a pure function of the lengths, so a resumed run packs as the first one did.
 """
@@ -111,6 +111,33 @@ def shift_row(
         "targets": np.where(same, cells[1:], np.int32(-1)),
         "segment_ids": segments[:-1],
     }
+
+
+def document_row(
+    document: Integer[np.ndarray, "N"], context_len: int, begin: int | None
+) -> dict[str, Int32[np.ndarray, "T"]]:
+    """Make the training example of a row that holds the beginning of one document.
+
+    The document, with `begin` before it, is cut after context_len + 1 tokens. Its last token is
+    learnt but not read: where the next token is missing, the row is padding.
+
+    Args:
+      document: tokens, its end-of-text token included.
+      context_len: tokens of the row.
+      begin: a token to begin with; None: none.
+    """
+    head = [] if begin is None else [begin]
+    cells = np.concatenate([head, document[: context_len + 1 - len(head)]]).astype(np.int32)
+    length = max(len(cells) - 1, 0)
+    row = {
+        "tokens": np.zeros(context_len, np.int32),
+        "targets": np.full(context_len, -1, np.int32),
+        "segment_ids": np.zeros(context_len, np.int32),
+    }
+    row["tokens"][:length] = cells[:-1]
+    row["targets"][:length] = cells[1:]
+    row["segment_ids"][:length] = 1
+    return row
 
 
 def _cut(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

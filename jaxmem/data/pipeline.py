@@ -1,20 +1,20 @@
-"""From a source to batches: random windows or packed documents, as a grain iterator.
+"""From a source to batches: random windows or documents, packed or alone, as a grain iterator.
 
 A batch is a dict of int32 arrays [B, T]: ``tokens``, ``targets`` (-1 = not scored) and, for
-packed data, ``segment_ids`` (0 = padding). Batch k is a function of (corpus, split, sizes, seed,
+documents, ``segment_ids`` (0 = padding). Batch k is a function of (corpus, split, sizes, seed,
 k); the iterator's state is k, so it stays valid when the number of processes changes.
 """
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxmem.data.config import DataConfig
-from jaxmem.data.packing import PackingPlan, fill_row, plan_packing, shift_row
+from jaxmem.data.packing import PackingPlan, document_row, fill_row, plan_packing, shift_row
 from jaxmem.data.sources import SPLITS, EncodedSplit, Source, load_source
 from jaxmem.data.tokenizers import Tokenizer
 from jaxmem.errors import ConfigError, DataError, unknown_name
@@ -83,20 +83,53 @@ class Corpus:
         Raises:
           ConfigError: the source is a token array.
         """
-        encoded = self._encode(split)
-        if encoded.starts is None:
-            raise ConfigError(
-                f"data.sampling=packed needs documents, but {self.name} is one array of tokens. "
-                "Use --data.sampling windows, or give the text."
-            )
-        lengths = np.diff(encoded.starts, append=len(encoded.tokens))
-        return plan_packing(lengths, row_len)
+        tokens, starts = self._whole_documents(split, "packed")
+        return plan_packing(np.diff(starts, append=len(tokens)), row_len)
 
     def row(self, split: str, plan: PackingPlan, index: int) -> dict[str, Int32[np.ndarray, "T"]]:
         """Make the training example of one packed row, arrays [row_len - 1]."""
+        return shift_row(*fill_row(plan, index, *self._whole_documents(split, "packed")))
+
+    def num_documents(self, split: str) -> int:
+        """Count the documents of a split.
+
+        Raises:
+          ConfigError: the source is a token array.
+        """
+        return len(self._whole_documents(split, "documents")[1])
+
+    def begin(self, wanted: bool) -> int | None:
+        """Return the beginning-of-text token, if it is wanted.
+
+        Raises:
+          ConfigError: the vocabulary has none.
+        """
+        begin = self.tokenizer.begin_of_text
+        if wanted and begin is None:
+            raise ConfigError(
+                f"data.begin_of_text is set, but the {self.tokenizer.kind} vocabulary has no such "
+                "token. Use --no-data.begin-of-text, or a tokenizer.json that has one."
+            )
+        return begin if wanted else None
+
+    def document_row(
+        self, split: str, context_len: int, begin: int | None, index: int
+    ) -> dict[str, Int32[np.ndarray, "T"]]:
+        """Make the training example of one document, arrays [context_len]."""
+        tokens, starts = self._whole_documents(split, "documents")
+        end = starts[index + 1] if index + 1 < len(starts) else len(tokens)
+        return document_row(tokens[starts[index] : end], context_len, begin)
+
+    def _whole_documents(
+        self, split: str, sampling: str
+    ) -> tuple[Integer[np.ndarray, "N"], Integer[np.ndarray, "D"]]:
         encoded = self._encode(split)
-        assert encoded.starts is not None  # `plan` has refused such a source
-        return shift_row(*fill_row(plan, index, encoded.tokens, encoded.starts))
+        if encoded.starts is None:
+            raise ConfigError(
+                f"data.sampling={sampling} needs documents, but {self.name} is one array of "
+                "tokens. Use --data.sampling windows, or give the text."
+            )
+        return encoded.tokens, encoded.starts
 
     def _encode(self, split: str) -> EncodedSplit:
         if split not in SPLITS:
@@ -134,6 +167,7 @@ def batches(
     batch_size: int,
     sampling: str,
     seed: int,
+    begin_of_text: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
@@ -142,18 +176,23 @@ def batches(
     windows: sample i (batch i // batch_size) starts at ``word_i mod (N - context_len)`` of the
     split's N tokens, uniform and with replacement; word_i is the i-th word of the Philox stream
     keyed by seed and split. packed: rows of context_len + 1 tokens, in a new order every epoch.
+    documents: the first context_len + 1 tokens of one document per row, padded on the right up to
+    context_len always, so that all processes run one program; in a new order every epoch.
     Process p of P takes the samples p, p + P, ... of a batch.
 
     Differs: the authors of Memory Mosaics draw starts below N - context_len - 2, so that the last
-    two windows are never seen; the law is the same for all others.
+    two windows are never seen; the law is the same for all others. 2Mamba (arXiv 2602.17363) draws
+    documents with replacement, pads to the batch's longest document, and leaves one token unscored
+    in batches without padding.
 
     Args:
       corpus: what to draw from.
       split: ``train`` or ``validation``.
       context_len: tokens per sequence.
       batch_size: sequences per batch, all processes together.
-      sampling: ``windows`` or ``packed``.
+      sampling: ``windows``, ``packed`` or ``documents``.
       seed: any whole number; another split gets another stream from the same seed.
+      begin_of_text: rows of one document begin with the vocabulary's beginning-of-text token.
       process_index: p, 0 to process_count - 1.
       process_count: P, a divisor of batch_size.
 
@@ -178,21 +217,33 @@ def batches(
         windows = _Windows(corpus, split, context_len, batch_size, key)
         share = functools.partial(windows.batch, first=process_index, step=process_count)
         dataset = grain.MapDataset.range(_ENDLESS).map(share)
-    elif sampling == "packed":
-        plan = corpus.plan(split, context_len + 1)
-        rows = grain.MapDataset.range(plan.num_rows).seed(key % 2**32).shuffle().repeat()
+    elif sampling in ("packed", "documents"):
+        number, row = _rows(corpus, split, sampling, context_len, begin_of_text)
+        rows = grain.MapDataset.range(number).seed(key % 2**32).shuffle().repeat()
         # The share is taken from the endless stream: taken from an epoch, it would differ in
         # length between processes, and batches would drift apart.
         dataset = (
             rows[process_index::process_count]
-            .map(functools.partial(corpus.row, split, plan))
+            .map(row)
             .batch(batch_size // process_count, drop_remainder=True)
         )
     else:
-        raise ConfigError(f"data.sampling={sampling!r}, expected windows or packed.")
+        raise ConfigError(f"data.sampling={sampling!r}, expected windows, packed or documents.")
     return iter(
         dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH))
     )
+
+
+def _rows(
+    corpus: Corpus, split: str, sampling: str, context_len: int, begin_of_text: bool
+) -> tuple[int, Callable[[int], Batch]]:
+    """Return the number of rows of documents, and what makes one of them."""
+    if sampling == "documents":
+        begin = corpus.begin(begin_of_text)
+        row = functools.partial(corpus.document_row, split, context_len, begin)
+        return corpus.num_documents(split), row
+    plan = corpus.plan(split, context_len + 1)
+    return plan.num_rows, functools.partial(corpus.row, split, plan)
 
 
 def sequential_batches(

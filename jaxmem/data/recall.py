@@ -4,6 +4,9 @@ A row holds `pairs` facts, each a key token followed by a value token, at random
 tokens, and ends with questions: a key and its value again. Keys of a row differ, values need not.
 Facts and questions are as many in a row of any length, so a longer row is only a larger haystack.
 
+In the multi-query form (`layout="adjacent"`) the facts stand at the start, one behind another, and
+each question is about any of them, so there may be more questions than facts.
+
 Tokens: 0 ... F-1 filler, F ... F+K-1 keys, F+K ... F+K+V-1 values.
 
 Reference: the needle in a haystack of RULER (arXiv 2404.06654) and the associative recall of MQAR
@@ -11,12 +14,15 @@ Reference: the needle in a haystack of RULER (arXiv 2404.06654) and the associat
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, unknown_name
+
+Layout = Literal["scattered", "adjacent"]
+LAYOUTS: tuple[Layout, ...] = ("scattered", "adjacent")
 
 NOT_SCORED = -1
 """Target of a token whose successor is not asked for."""
@@ -29,23 +35,30 @@ class RecallShape:
     pairs: int = 8
     """Facts of a row."""
     questions: int = 8
-    """Facts that are asked for at the end of the row, in random order."""
+    """Questions at the end of the row, in random order: about a fact each, or about any."""
     keys: int = 32
     """Tokens that are keys."""
     values: int = 16
     """Tokens that are values."""
     fillers: int = 16
     """Tokens of the haystack."""
+    # Not in repr, which the fingerprints of runs without this field are made of.
+    layout: Layout = dataclasses.field(default="scattered", repr=False)
+    """scattered: facts among filler, asked for once; adjacent: facts first, filler behind them, and
+    questions drawn with repetition."""
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise unknown_name("layout", self.layout, LAYOUTS)
         for name in ("pairs", "questions", "values", "fillers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if self.keys < self.pairs or self.questions > self.pairs:
+        too_many = self.layout == "scattered" and self.questions > self.pairs
+        if self.keys < self.pairs or too_many:
             raise ConfigError(
                 f"{self.pairs} facts with keys of their own out of {self.keys}, and "
                 f"{self.questions} questions about them: use no fewer keys and no more questions "
-                "than pairs."
+                "than pairs, or layout='adjacent', which repeats questions."
             )
 
     @property
@@ -85,11 +98,17 @@ def draw_rows(rng: np.random.Generator, rows: int, length: int, shape: RecallSha
     keys = shape.fillers + _distinct(rng, rows, shape.keys, facts)
     first_value = shape.fillers + shape.keys
     values = first_value + rng.integers(shape.values, size=(rows, facts))
-    # Distinct slots of a haystack in which a fact takes one, then each moved behind those before.
-    slots = np.sort(_distinct(rng, rows, haystack - facts, facts), axis=1) + np.arange(facts)
     row = np.arange(rows)[:, None]
+    if shape.layout == "adjacent":
+        slots = np.broadcast_to(2 * np.arange(facts), (rows, facts))
+    else:
+        # Distinct slots of a haystack where a fact takes one, then each moved behind those before.
+        slots = np.sort(_distinct(rng, rows, haystack - facts, facts), axis=1) + np.arange(facts)
     tokens[row, slots], tokens[row, slots + 1] = keys, values
-    order = _distinct(rng, rows, facts, asked)
+    if shape.layout == "adjacent":
+        order = rng.integers(facts, size=(rows, asked))
+    else:
+        order = _distinct(rng, rows, facts, asked)
     tokens[:, haystack::2], tokens[:, haystack + 1 :: 2] = keys[row, order], values[row, order]
     targets = np.full((rows, length), NOT_SCORED, np.int32)
     targets[:, haystack::2] = values[row, order]

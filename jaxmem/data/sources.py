@@ -1,7 +1,7 @@
 """Where text and tokens come from: plays, files, folders, TFDS sets and token arrays.
 
 Text sources are held in memory; token arrays are memory-mapped and never loaded whole, and so are
-those made of JSON lines.
+those made of JSON lines and Parquet.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from jaxtyping import Int64, Integer
 from jaxmem.data._tfds import named_set
 from jaxmem.data.config import TFDS_PREFIX, DataConfig
 from jaxmem.data.corpus import CORPUS_NAME, corpus_documents
-from jaxmem.data.json_lines import SUFFIXES as JSON_LINES_SUFFIXES
-from jaxmem.data.json_lines import characters, story_files, story_tokens
+from jaxmem.data.json_lines import divided_tokens, story_tokens
+from jaxmem.data.shards import SUFFIXES as SHARD_SUFFIXES
+from jaxmem.data.shards import HoldOut, Reading, characters, story_files
 from jaxmem.data.stories import made_up_stories
 from jaxmem.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from jaxmem.errors import ConfigError, DataError
@@ -108,13 +109,15 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLinesSource:
-    """Files of one JSON string per line, tokenised into the cache; see `jaxmem.data.json_lines`."""
+class ShardSource:
+    """Files of documents, tokenised into the cache; see `jaxmem.data.shards` and `json_lines`."""
 
     name: str
     description: str
     files: Mapping[str, Sequence[Path]]
     """Files of each split; without validation files the train split is cut between two texts."""
+    reading: Reading
+    """Where the texts stand, and which of them validate."""
 
     def tokenizer(self, spec: str) -> Tokenizer:
         """Build the tokenizer; ``char`` reads all files for their characters.
@@ -123,18 +126,27 @@ class JsonLinesSource:
           UnknownName, MissingExtra, DataError: see `build_tokenizer` and `read_stories`.
         """
         everything = [file for split in SPLITS for file in self.files[split]]
-        return build_tokenizer(spec, characters(everything) if spec == "char" else "")
+        text = characters(everything, self.reading.field) if spec == "char" else ""
+        return build_tokenizer(spec, text)
 
     def encode(self, split: str, tokenizer: Tokenizer) -> EncodedSplit:
         """Map the tokens of a split; every text ends as `Tokenizer.encode_documents` says.
 
         Raises:
-          DataError: see `story_tokens`; or there is one text only, and no validation file.
+          DataError: see `story_tokens`; or there is one text only, and no validation file; or none
+            or all of the texts are held out.
         """
         if self.files["validation"]:
-            tokens, bounds = story_tokens(self.files[split], tokenizer)
+            tokens, bounds = story_tokens(self.files[split], tokenizer, self.reading.field)
             return EncodedSplit(tokens, bounds[:-1])
-        tokens, bounds = story_tokens(self.files["train"], tokenizer)
+        found = divided_tokens(self.files["train"], tokenizer, self.reading)
+        if self.reading.hold_out is not None:
+            _check_sides(
+                self.name, self.reading.hold_out, *(len(found[s].bounds) - 1 for s in SPLITS)
+            )
+            tokens, bounds = found[split]
+            return EncodedSplit(tokens, bounds[:-1])
+        tokens, bounds = found["train"]
         if len(bounds) < 3:
             raise DataError(
                 f"{self.name} holds one text and no validation file, so nothing is left to "
@@ -194,28 +206,43 @@ def load_source(config: DataConfig) -> Source:
     if kind == "auto":
         kind, reason = _choose(config.path)
     if kind.startswith(TFDS_PREFIX):
-        return _tfds_source(kind.removeprefix(TFDS_PREFIX), config.path)
+        return _tfds_source(kind.removeprefix(TFDS_PREFIX), config)
+    hold_out = _hold_out(config)
     if kind == "corpus":
         documents, what = corpus_documents()
-        return _text_source(CORPUS_NAME, f"{reason}{what}", documents)
+        return _text_source(CORPUS_NAME, f"{reason}{what}", documents, hold_out)
     if kind == "stories":
         documents = made_up_stories()
-        return _text_source("stories", f"{len(documents):,} made-up stories", documents)
-    if config.path is None:
-        raise ConfigError(f"data.source={kind} needs a path, found none. Give --data.path.")
-    path = Path(config.path)
-    if not path.exists():
-        raise DataError(
-            f"data.path={config.path} does not exist (working folder {os.getcwd()}). "
-            "Expected a text file, a folder of text files or a token array. Check the path."
-        )
+        return _text_source("stories", f"{len(documents):,} made-up stories", documents, hold_out)
+    path = _existing(kind, config.path)
     if kind == "tokens":
+        if hold_out is not None:
+            raise ConfigError(
+                f"data.validation_share={hold_out.share} chooses documents, but {path} is one "
+                "array of tokens. Leave it at 0, or give the text."
+            )
         return _token_source(path, reason)
-    if kind == "jsonl":
-        return _json_lines_source(path, reason)
+    if kind in SHARD_SUFFIXES:
+        return _shard_source(path, kind, reason, Reading(config.field, hold_out))
     documents = _read_texts(path)
     what = f"{len(documents)} text file{'s' * (len(documents) != 1)} from {path}"
-    return _text_source(path.resolve().stem, f"{reason}{what}", documents)
+    return _text_source(path.resolve().stem, f"{reason}{what}", documents, hold_out)
+
+
+def _existing(kind: str, path: str | None) -> Path:
+    if path is None:
+        raise ConfigError(f"data.source={kind} needs a path, found none. Give --data.path.")
+    if not Path(path).exists():
+        raise DataError(
+            f"data.path={path} does not exist (working folder {os.getcwd()}). "
+            "Expected a text file, a folder of text files or a token array. Check the path."
+        )
+    return Path(path)
+
+
+def _hold_out(config: DataConfig) -> HoldOut | None:
+    share = config.validation_share
+    return HoldOut(share, config.validation_seed) if share else None
 
 
 def split_documents(
@@ -240,32 +267,58 @@ def _choose(path: str | None) -> tuple[str, str]:
         return "corpus", "auto, no path: "
     if Path(path).suffix in TOKEN_SUFFIXES:
         return "tokens", f"auto, path ends in {Path(path).suffix}: "
-    if Path(path).suffix in JSON_LINES_SUFFIXES:
-        return "jsonl", f"auto, path ends in {Path(path).suffix}: "
+    for kind, suffixes in SHARD_SUFFIXES.items():
+        for suffix in suffixes:
+            if path.endswith(suffix):
+                return kind, f"auto, path ends in {suffix}: "
     if (Path(path) / "train.bin").is_file():
         return "tokens", "auto, folder with train.bin: "
-    if any(file for suffix in JSON_LINES_SUFFIXES for file in Path(path).glob(f"train*{suffix}")):
-        return "jsonl", "auto, folder with train*.jsonl: "
+    for kind, suffixes in SHARD_SUFFIXES.items():
+        if any(file for suffix in suffixes for file in Path(path).glob(f"train*{suffix}")):
+            return kind, f"auto, folder with train*.{kind}: "
     return "text", f"auto, {'folder' if Path(path).is_dir() else 'file'} of text: "
 
 
-def _text_source(name: str, description: str, documents: Sequence[str]) -> TextSource:
-    train, validation, cut = split_documents(documents)
+def _text_source(
+    name: str, description: str, documents: Sequence[str], hold_out: HoldOut | None
+) -> TextSource:
+    if hold_out is None:
+        train, validation, cut = split_documents(documents)
+        how = "by characters"
+    else:
+        sides = [hold_out.takes(text) for text in documents]
+        train, validation = (
+            [text for text, held in zip(documents, sides, strict=True) if held is side]
+            for side in (False, True)
+        )
+        _check_sides(name, hold_out, len(train), len(validation))
+        cut, how = False, f"by documents, {hold_out.share:g} by hash, in characters"
     if not train or not validation:
         raise DataError(
             f"{name} has {sum(map(len, documents))} characters, too few to split them "
             f"{TRAIN_SHARE:.0%} / {1 - TRAIN_SHARE:.0%}. Give a longer text."
         )
     sizes = [sum(map(len, split)) for split in (train, validation)]
-    description += f"; split by characters {sizes[0]:,} / {sizes[1]:,}"
+    description += f"; split {how} {sizes[0]:,} / {sizes[1]:,}"
     return TextSource(name, description, {"train": train, "validation": validation}, cut)
 
 
-def _tfds_source(name: str, data_dir: str | None) -> TextSource:
-    texts = named_set(name, data_dir)
+def _check_sides(name: str, hold_out: HoldOut, train: int, validation: int) -> None:
+    """Refuse a choice by hash that leaves one split empty."""
+    if not train or not validation:
+        raise DataError(
+            f"Of the {train + validation} documents of {name}, {validation} fall into the share "
+            f"data.validation_share={hold_out.share:g} that is kept for validation; expected some "
+            "in both splits. Give another share or --data.validation-seed, or 0 for the last tenth."
+        )
+
+
+def _tfds_source(name: str, config: DataConfig) -> TextSource:
+    texts = named_set(name, config.path, config.field)
     short = name.split("/")[0].split(":")[0]
     if "validation" not in texts:
-        return _text_source(short, f"tfds:{name}, which has no validation split", texts["train"])
+        what = f"tfds:{name}, which has no validation split"
+        return _text_source(short, what, texts["train"], _hold_out(config))
     sizes = [sum(map(len, texts[split])) for split in SPLITS]
     if not all(sizes):
         raise DataError(
@@ -308,11 +361,23 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _json_lines_source(path: Path, reason: str) -> JsonLinesSource:
-    files = story_files(path)
-    names = (", ".join(file.name for file in files[split]) for split in SPLITS)
-    how = " / ".join(names) if files["validation"] else "split between texts"
-    return JsonLinesSource(path.resolve().stem, f"{reason}JSON lines from {path}; {how}", files)
+def _shard_source(path: Path, kind: str, reason: str, reading: Reading) -> ShardSource:
+    files = story_files(path, kind)
+    if files["validation"]:
+        how = " / ".join(_listed(files[split]) for split in SPLITS)
+    elif reading.hold_out is None:
+        how = f"{_listed(files['train'])}, split between texts"
+    else:
+        how = f"{_listed(files['train'])}, {reading.hold_out.share:g} by hash for validation"
+    what = {"jsonl": "JSON lines", "parquet": "Parquet"}[kind]
+    return ShardSource(path.resolve().stem, f"{reason}{what} from {path}; {how}", files, reading)
+
+
+def _listed(files: Sequence[Path]) -> str:
+    names = [file.name for file in files]
+    return (
+        ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]} ({len(names)} files)"
+    )
 
 
 def _token_source(path: Path, reason: str) -> TokenSource:

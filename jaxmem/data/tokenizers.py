@@ -38,6 +38,11 @@ class Tokenizer(abc.ABC):
         """Id that ends a document, or None when the vocabulary has none."""
         return None
 
+    @property
+    def begin_of_text(self) -> int | None:
+        """Id that a document may begin with, or None when the vocabulary has none."""
+        return None
+
     @abc.abstractmethod
     def encode(self, text: str) -> Ids:
         """Turn text into ids, int32 [N].
@@ -190,8 +195,9 @@ class BPETokenizer(Tokenizer):
     """
 
     kind = "bpe"
-    # The customary names of the token that ends a document, in the order they are looked for.
+    # The customary names of the tokens around a document, in the order they are looked for.
     END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+    BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>", "<bos>")
 
     def __init__(self, content: dict[str, Any]):
         """Build the tokenizer from the parsed JSON.
@@ -216,8 +222,8 @@ class BPETokenizer(Tokenizer):
         self._content = content
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._vocab_size = max(vocabulary.values()) + 1
-        ends = (vocabulary[name] for name in self.END_OF_TEXT if name in vocabulary)
-        self._end_of_text = next(ends, None)
+        self._end_of_text = _first_known(self.END_OF_TEXT, vocabulary)
+        self._begin_of_text = _first_known(self.BEGIN_OF_TEXT, vocabulary)
 
     @property
     def vocab_size(self) -> int:
@@ -228,6 +234,11 @@ class BPETokenizer(Tokenizer):
     def end_of_text(self) -> int | None:
         """Id of the first of ``END_OF_TEXT`` that the vocabulary has."""
         return self._end_of_text
+
+    @property
+    def begin_of_text(self) -> int | None:
+        """Id of the first of ``BEGIN_OF_TEXT`` that the vocabulary has."""
+        return self._begin_of_text
 
     def encode(self, text: str) -> Ids:
         """Encode without adding special tokens."""
@@ -247,6 +258,10 @@ class BPETokenizer(Tokenizer):
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the tokenizer.json."""
         return {"kind": self.kind, "tokenizer": self._content}
+
+
+def _first_known(names: Sequence[str], vocabulary: dict[str, int]) -> int | None:
+    return next((vocabulary[name] for name in names if name in vocabulary), None)
 
 
 def gpt2_tokenizer() -> BPETokenizer:

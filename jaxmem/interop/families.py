@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.interop import memory_mosaics as mosaics
+from jaxmem.interop import two_mamba
 from jaxmem.interop.names import Names
 from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.mixers.base import MixerConfig, config_name
+from jaxmem.mixers.mamba2 import Mamba2Config
 from jaxmem.mixers.mlp import MLPConfig
 from jaxmem.mixers.mosaic import (
     LIBRARY_LIMIT,
@@ -16,6 +18,8 @@ from jaxmem.mixers.mosaic import (
     ContextualMemoryConfig,
     PersistentMemoryConfig,
 )
+from jaxmem.mixers.swiglu import SwiGLUConfig
+from jaxmem.mixers.two_mamba import TwoMambaConfig
 
 
 class Family(NamedTuple):
@@ -54,13 +58,15 @@ def _word(value: Any) -> str:
     return "None" if kind is type(None) else repr(value)
 
 
-_PLAIN = {"norm": ("pre",), "tie_embedding": (True,), "scale_logits": (False,)}
-_MOSAIC = {"mixer": (ContextualMemoryConfig,), "positions": ("none",)}
+_LAYER_NORM = {"norm_type": ("layer",), "norm_eps": (1e-5,)}
+_PLAIN = {"norm": ("pre",), "tie_embedding": (True,), "scale_logits": (False,)} | _LAYER_NORM
+_MOSAIC = {"mixer": (ContextualMemoryConfig,), "positions": ("none",)} | _LAYER_NORM
 _KEYS_OF_ONE_TOKEN = {
     f"{slot}.{field}": (value,)
     for slot in ("mixer", "feed_forward")
     for field, value in (("key_extractor", "conv"), ("key_kernel_size", 1))
 }
+_LAYER = r"model\.layers\.[0-9]+"
 _NANO = (
     _MOSAIC
     | _PLAIN
@@ -85,6 +91,35 @@ _GPT = _PLAIN | {
     "feed_forward.hidden_mult": (4,),
     "positions": ("learned",),
 }
+_LLAMA = {
+    "norm": ("pre",),
+    "norm_type": ("rms",),
+    "norm_eps": (1e-5,),
+    "feed_forward": (SwiGLUConfig,),
+    "positions": ("none",),
+    "scale_logits": (False,),
+}
+_MAMBA = _LLAMA | {
+    "mixer": (TwoMambaConfig,),
+    "mixer.rope": ("none", "pairs"),
+    "mixer.kernel": ("exp", "pow1", "pow2"),
+    "mixer.denominator": ("one", "count", "sum"),
+    "mixer.key_gate": ("none",),
+    "mixer.out_gate": ("none", "z"),
+    "mixer.norm": ("none", "rms_all"),
+}
+_ATTENTION = _LLAMA | {
+    "mixer": (TwoMambaConfig,),
+    "mixer.rope": ("none", "half"),
+    "mixer.kernel": ("exp", "pow1", "taylor", "series"),
+    "mixer.decay": ("none", "lagged"),
+    "mixer.conv": (0,),
+    "mixer.value": ("none",),
+    "mixer.skip": (False,),
+    "mixer.out_gate": ("none", "pre", "post", "both", "pre_exp"),
+    "mixer.norm": ("none", "ln", "rms", "l2", "l2d"),
+}
+_MAMBA2 = _LLAMA | {"mixer": (Mamba2Config,)}
 
 
 def _library(config: Any, *, eft: bool) -> Names:
@@ -117,6 +152,24 @@ FAMILIES = {
         r"transformer\.wte\.weight",
         lambda _: mosaics.GPT,
         _GPT,
+    ),
+    "two_mamba": Family(
+        "2Mamba's models of the build-up",
+        rf"{_LAYER}\.self_attn\.qkv_proj\.weight",
+        lambda _: two_mamba.model(two_mamba.MAMBA),
+        _MAMBA,
+    ),
+    "two_mamba_attention": Family(
+        "2Mamba's models of the attention types",
+        rf"{_LAYER}\.self_attn\.q_proj\.weight",
+        lambda _: two_mamba.model(two_mamba.ATTENTION),
+        _ATTENTION,
+    ),
+    "two_mamba_mamba2": Family(
+        "2Mamba's models of Mamba-2",
+        rf"{_LAYER}\.self_attn\.in_proj\.weight",
+        lambda _: two_mamba.model(two_mamba.MAMBA2),
+        _MAMBA2,
     ),
 }
 """All families by name. The two GELUs of the GPTs cannot be told apart by names: see to it that

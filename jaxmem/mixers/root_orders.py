@@ -40,8 +40,8 @@ class RootOrdersConfig(MixerConfig):
     paper: ClassVar[str] = "softmax as RNN (arXiv 2507.23632)"
     parity: ClassVar[str] = "golden: polynomial kernel with shrinking per-order projections"
 
-    num_heads: int = 4
-    """Heads; must divide the model width."""
+    num_heads: int = 2
+    """Heads; must divide the model width into an even number of channels, whose root is even."""
     orders: int = 4
     """Highest power of the products."""
 

@@ -93,7 +93,7 @@ class TwoMambaConfig(MixerConfig):
     2 σ(c_n) / n! per head."""
     terms: int = 10
     """Terms of `taylor` and of the series."""
-    decay: DecayKind | Literal["none"] = "neg_softplus"
+    decay: Literal["none", DecayKind] = "neg_softplus"
     """Decay of the weights per step, of each token and head (`jaxmem.nn.decays`)."""
     denominator: Denominator = "sum"
     """Δ: 1; the visible keys n; n^σ(c); the sum of the weights; or max(Σ_j e^(W x_j + b), 1)."""

@@ -82,14 +82,17 @@ class AssociativeRecall(Task):
     @property
     def fingerprint(self) -> str:
         """A hash of what the rows depend on."""
-        facts = (GENERATOR, self.config.rows, self.model.context_len)
+        rows = self.config.rows
+        layout = () if rows.layout == "scattered" else (rows.layout,)
+        facts = (GENERATOR, rows, self.model.context_len, *layout)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def lines(self) -> list[str]:
         """Say what a row holds."""
         rows = self.config.rows
+        where = "among filler" if rows.layout == "scattered" else "at the start"
         return [
-            f"data       rows of {self.model.context_len} tokens: {rows.pairs} facts among filler, "
+            f"data       rows of {self.model.context_len} tokens: {rows.pairs} facts {where}, "
             f"{rows.questions} questions; {rows.keys} keys, {rows.values} values"
         ]
 

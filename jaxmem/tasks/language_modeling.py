@@ -50,7 +50,7 @@ def language_model_loss(
 
     Args:
       model: called as `model(tokens, segment_ids=..., rngs=...)`, returns `.logits` and `.aux`.
-      batch: `tokens`, `targets` (-1 = not scored) and, for packed rows, `segment_ids`.
+      batch: `tokens`, `targets` (-1 = not scored) and, for documents, `segment_ids`.
       rngs: streams for dropout; None means evaluation.
       skip_tokens: first positions of each row that are not scored.
     """
@@ -97,7 +97,7 @@ class LanguageModelingConfig(TaskConfig):
 
 
 class LanguageModeling(Task):
-    """A text, its tokenizer, and windows or packed documents drawn from it."""
+    """A text, its tokenizer, and windows or documents drawn from it."""
 
     changed = "the text has changed, with the same vocabulary"
 
@@ -137,6 +137,7 @@ class LanguageModeling(Task):
             context_len=self.model.context_len,
             batch_size=batch_size,
             sampling=self.data.sampling,
+            begin_of_text=self.data.begin_of_text,
             seed=seed,
             process_index=process_index,
             process_count=process_count,

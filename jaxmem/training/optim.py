@@ -44,6 +44,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of parameters with two or more axes, times the learning rate."""
+    decay_all: bool = False
+    """Decay the others too: norms, biases, rates and scalars (2Mamba)."""
     clip_norm: float = 1.0
     """Gradients are scaled so that their global norm is at most this; 0 means no clipping."""
     accumulate: int = 1
@@ -128,14 +130,17 @@ def decays(shape: tuple[int, ...]) -> bool:
 def adamw(
     config: OptimConfig, schedule: optax.Schedule, mask: Mapping[str, bool]
 ) -> optax.GradientTransformation:
-    r"""Build AdamW: p <- p - lr (wd p + m / (\sqrt{v} + eps)), wd = 0 where masked out."""
+    r"""Build AdamW: p <- p - lr (wd p + m / (\sqrt{v} + eps)), wd = 0 where masked out.
+
+    With `config.decay_all` nothing is masked out.
+    """
     return optax.adamw(
         schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=dict(mask),
+        mask={name: config.decay_all or wanted for name, wanted in mask.items()},
     )
 
 
@@ -158,7 +163,9 @@ def decay_groups(
     """List which parameters are decayed and which are not, with their scalar counts."""
 
     def group(decay: float, wanted: bool) -> DecayGroup:
-        names = tuple(name for name, shape in shapes.items() if decays(shape) == wanted)
+        names = tuple(
+            name for name, shape in shapes.items() if (config.decay_all or decays(shape)) == wanted
+        )
         return DecayGroup(decay, names, sum(math.prod(shapes[name]) for name in names))
 
     return group(config.weight_decay, True), group(0.0, False)

@@ -108,7 +108,15 @@ def _normalised_moons(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
     return str(meta.get("module")).startswith("ThreeMoons") and bool(meta.get("norm_keys"))
 
 
+def _polynomial(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """Attention with a sum of powers, whose terms cancel below 0."""
+    return bool(re.search("taylor|learned_terms|poly_", str(meta.get("attention_type"))))
+
+
 EXEMPTIONS = (
+    # As the README of the set has it. Measured 1.5e-6 and 2.8e-4 (orders 2 to 4 of the latter).
+    Exemption("two_mamba", _polynomial, r"output/.*", 1e-4),
+    Exemption("two_mamba", _polynomial, r"grad/.*", 1e-3),
     # Decay gradients of such heads differ by 30 orders of magnitude: per head rtol 1e-3, atol 1e-5.
     # Measured 2.5e-4, at rate 1e-5, where the quotient of two long sums cancels.
     Exemption(

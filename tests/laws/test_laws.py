@@ -5,6 +5,7 @@ must build with default values at a width of 32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"head_dim": 8, "state_dim": 4, "conv": 3}),
     "mamba2-one_head": ("mamba2", {"head_dim": 8, "ssm_dim": 8, "state_dim": 4}),
     "softmax_state-output": ("softmax_state", {"of": "output"}),
-    "root_orders": ("root_orders", {"num_heads": 2, "orders": 3}),
     "two_mamba-gated_softmax": (
         "two_mamba",
         attention_types.fields("gated_softmax", "attention"),
@@ -92,6 +92,28 @@ class Case:
         (_, y), grads = grad(self.params, x)
         return y, grads
 
+    @functools.cached_property
+    def whole(self) -> Any:
+        """Return the output of whole rows and its gradients, what other forms are compared with."""
+        return self.value_and_grads(lambda m, x: m(x, form="parallel").y, self.x)
+
+    @functools.cached_property
+    def alone(self) -> Any:
+        """Return the same of each document by itself, at its place in packed rows."""
+
+        def documents(mixer: Mixer, x: jax.Array) -> jax.Array:
+            y = jnp.zeros_like(x)
+            for document in DOCUMENTS:
+                y = y.at[:, document].set(mixer(x[:, document]).y)
+            return y
+
+        return self.value_and_grads(documents, self.packed)
+
+    @functools.cached_property
+    def packed(self) -> jax.Array:
+        """Rows to be cut into documents."""
+        return jax.random.normal(jax.random.key(3), (BATCH, len(PACKED), DIM))
+
     def call(self, run: Callable[..., Any], *args: Any) -> Any:
         """Run a function of the mixer and arrays under jit."""
         return jax.jit(lambda p, *a: run(nnx.merge(self.graph, p), *a))(self.params, *args)
@@ -124,7 +146,7 @@ def stepwise(mixer: Mixer, x: jax.Array) -> jax.Array:
 
 @pytest.mark.law("forms")
 def test_forms_agree(case: Case):
-    whole = case.value_and_grads(lambda m, x: m(x, form="parallel").y, case.x)
+    whole = case.whole
     assert float(jnp.std(whole[0])) > 0.05
     for run in (lambda m, x: m(x, form="chunked").y, stepwise):
         y, grads = case.value_and_grads(run, case.x)
@@ -163,9 +185,8 @@ def test_splitting_is_invisible(case: Case):
         return jnp.concatenate([first.y, mixer(x[:, 6:], first.state).y], axis=1)
 
     y, grads = case.value_and_grads(split, case.x)
-    expected_y, expected_grads = case.value_and_grads(lambda m, x: m(x).y, case.x)
-    assert_close(y, expected_y, FORWARD)
-    assert_close(grads, expected_grads, case.gradient)
+    assert_close(y, case.whole[0], FORWARD)
+    assert_close(grads, case.whole[1], case.gradient)
 
 
 @pytest.mark.law("causality")
@@ -184,7 +205,7 @@ def test_the_future_changes_nothing(case: Case, form: str):
 @pytest.mark.law("packing")
 @pytest.mark.parametrize("mode", ["parallel", "chunked", "state", "split", "step"])
 def test_packed_documents_equal_documents_alone(case: Case, mode: str):
-    x = jax.random.normal(jax.random.key(3), (BATCH, len(PACKED), DIM))
+    x = case.packed
     ids = jnp.broadcast_to(jnp.asarray(PACKED), x.shape[:2])
 
     def packed(mixer: Mixer, x: jax.Array) -> jax.Array:
@@ -205,14 +226,8 @@ def test_packed_documents_equal_documents_alone(case: Case, mode: str):
         _, y = jax.lax.scan(body, state, (jnp.moveaxis(x, 1, 0), ids.T))
         return jnp.moveaxis(y, 0, 1)
 
-    def alone(mixer: Mixer, x: jax.Array) -> jax.Array:
-        y = jnp.zeros_like(x)
-        for document in DOCUMENTS:
-            y = y.at[:, document].set(mixer(x[:, document]).y)
-        return y
-
     y, grads = case.value_and_grads(packed, x)
-    expected_y, expected_grads = case.value_and_grads(alone, x)
+    expected_y, expected_grads = case.alone
     np.testing.assert_array_equal(y[:, PACKED == 0], 0.0)
     np.testing.assert_array_equal(grads[1][:, PACKED == 0], 0.0)
     assert_close(y, expected_y, FORWARD)

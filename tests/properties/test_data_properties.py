@@ -115,7 +115,7 @@ def test_window_starts_are_in_range(length, context_len, batch_size, seed):
 @given(
     share=st.integers(1, 4),
     process_count=st.integers(1, 4),
-    sampling=st.sampled_from(["windows", "packed"]),
+    sampling=st.sampled_from(["windows", "packed", "documents"]),
     seed=st.integers(0, 2**32),
     skip=st.integers(0, 20),
 )

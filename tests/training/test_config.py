@@ -26,6 +26,17 @@ def test_json_round_trip_keeps_every_mixer(name):
         assert to_dict(config)["model"][slot]["kind"] == name
 
 
+def test_choices_in_two_lists_are_checked():
+    model = dataclasses.replace(TINY_MODEL, dim=64, mixer=base.config_class("two_mamba")())
+    tree = to_dict(dataclasses.replace(CONFIG, model=model))
+    for choice in ("none", "discretize"):
+        tree["model"]["mixer"]["decay"] = choice
+        assert from_json(json.dumps(tree)).model.mixer.decay == choice
+    tree["model"]["mixer"]["decay"] = "slow"
+    with pytest.raises(ConfigError, match=r"slow.*decay"):
+        from_json(json.dumps(tree))
+
+
 def edited(path, value):
     tree = to_dict(CONFIG)
     *parents, last = path.split(".")

@@ -116,6 +116,18 @@ def test_decay_groups_list_every_parameter_once():
     assert plain == (0.0, ("norm", "scale"), 9)
 
 
+def test_all_parameters_may_be_decayed():
+    c = OptimConfig(weight_decay=0.5, decay_all=True)
+    params = {"w": jnp.full((2, 2), 2.0), "b": jnp.full((2,), 2.0)}
+    optimizer = adamw(c, lambda _: 0.1, {k: decays(v.shape) for k, v in params.items()})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, -0.1 * 0.5 * params[name], rtol=1e-6)
+    shapes = {name: value.shape for name, value in params.items()}
+    assert decay_groups(shapes, c) == ((0.5, ("w", "b"), 6), (0.0, (), 0))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

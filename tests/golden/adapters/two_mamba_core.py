@@ -37,7 +37,8 @@ def compute(golden: Golden, dtype: np.dtype) -> list[Arrays]:
         return [_results(golden, partial(_gated, form), dtype) for form in forms]
     if golden.meta["power"] == "exp":
         return [_results(golden, partial(_exponential, form, golden.meta), dtype) for form in forms]
-    runs = [(form, True) for form in ("reference", "xla")]
+    # With features (q·k)² is a sum with signs, which in float32 has few digits where it is small.
+    runs = [(form, True) for form in ("reference", "xla")] if dtype == np.float64 else []
     runs += [(form, False) for form in forms[1:]]
     return [
         _results(golden, partial(_power, form, stateful, golden.meta), dtype)

@@ -120,7 +120,7 @@ def test_doctor_reports_and_passes(capsys):
     code, out, _ = call(capsys, doctor.main)
     for word in ("jaxmem", "jax 0", "devices", "leaky_average: xla", "attention: xla", "corpus"):
         assert word in out
-    assert out.count(": ok") == 5
+    assert out.count(": ok") == 8
     assert code == 0
 
 

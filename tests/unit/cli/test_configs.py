@@ -1,17 +1,15 @@
 """The presets: their docstrings against what they build, and the published constants."""
 
 import dataclasses
-import math
 from pathlib import Path
 
-import jax
 import pytest
-from flax import nnx
 
 import configs
 from jaxmem.backbones.base import with_vocabulary
 from jaxmem.errors import UnknownName
 from jaxmem.tasks.language_modeling import LanguageModelingConfig
+from tests.helpers.parameter_count import parameter_count
 
 # Characters of the default corpus; tiny Shakespeare, which the papers use, has 65.
 CORPUS_CHARACTERS, TINY_SHAKESPEARE = 83, 65
@@ -24,8 +22,7 @@ def parameters(name, vocab_size):
         model = with_vocabulary(config.model, vocab_size, owner="tokenizer")
     else:
         model = config.task.open(config.model, config.data).model
-    model = nnx.eval_shape(lambda: model.build(nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    return parameter_count(model)
 
 
 @pytest.mark.parametrize("name", configs.names())

@@ -26,6 +26,8 @@ def test_misspelt_source_names_the_nearest():
         ({"source": "stories", "path": "a.txt"}, "takes no path"),
         ({"source": "tfds:"}, "tfds:tiny_shakespeare"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"validation_share": 1.0}, r"validation_share=1\.0.*0\.001"),
+        ({"begin_of_text": True}, r"sampling=windows.*--data\.sampling documents"),
     ],
 )
 def test_impossible_settings(fields, words):
@@ -36,7 +38,8 @@ def test_impossible_settings(fields, words):
 def test_importing_the_pipeline_loads_no_heavy_package():
     code = (
         "import sys, jaxmem.data.pipeline; "
-        "print([m for m in ('jax', 'grain', 'tensorflow_datasets', 'tokenizers', 'tensorflow') "
+        "heavy = ('jax', 'grain', 'tensorflow_datasets', 'tokenizers', 'tensorflow', 'pyarrow'); "
+        "print([m for m in heavy "
         "if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,9 @@ import pytest
 
 from jaxmem.data import json_lines
 from jaxmem.data.config import DataConfig
-from jaxmem.data.json_lines import read_stories, story_files, story_tokens
+from jaxmem.data.json_lines import story_tokens
 from jaxmem.data.pipeline import batches, load_corpus
+from jaxmem.data.shards import read_stories, story_files
 from jaxmem.data.sources import load_source
 from jaxmem.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer
 from jaxmem.errors import DataError
@@ -141,7 +142,7 @@ def test_files_of_a_folder_are_found_by_name(tmp_path, names, validation):
 
 
 def test_folder_without_train(tmp_path):
-    write(tmp_path / "stories.jsonl", ["x"])
+    write(tmp_path / "stories.txt", ["x"])
     config = DataConfig(source="jsonl", path=str(tmp_path))
     with pytest.raises(DataError, match=r"holds no file train\*.*rename"):
         load_source(config)
@@ -154,9 +155,10 @@ def test_folder_without_train(tmp_path):
         (b'"a"\n\n"b\n', r"bad\.jsonl, line 3 is no JSON \(.*\): '\"b'\. Expected one JSON string"),
         (b"Once upon\n", r"line 1 is no JSON \(Expecting value\): 'Once upon'.*--data.source text"),
         (
-            b'"a"\n{"text": "b"}\n',
-            'line 2 holds a JSON object, expected a string: \'{"text": "b"}\'',
+            b'"a"\n{"content": "b", "id": 3}\n',
+            "line 2 holds a JSON object without 'text'; its fields are 'content', 'id'.*data.field",
         ),
+        (b'{"text": null}\n', "line 1: 'text' holds None, expected a string"),
         (b'"a"\n["b"]\n', "line 2 holds a JSON array"),
         (b"null\n", "line 1 holds a JSON null"),
         (b"17\n", "line 1 holds a JSON value, expected a string: '17'"),
@@ -213,7 +215,7 @@ def test_arrays_are_made_once_and_again_when_something_changes(folder, bpe, cach
 
 
 def test_what_a_kill_left_is_neither_used_nor_kept(folder, cache, monkeypatch):
-    def dies(files, tokenizer, partial):
+    def dies(files, tokenizer, partial, reading):
         (partial / "tokens.bin").write_bytes(b"ab")
         raise KeyboardInterrupt
 

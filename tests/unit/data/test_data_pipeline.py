@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxmem.data.config import DataConfig
-from jaxmem.data.pipeline import batches, load_corpus, sequential_batches
+from jaxmem.data.packing import document_row
+from jaxmem.data.pipeline import Corpus, batches, load_corpus, sequential_batches
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.errors import ConfigError, DataError, UnknownName
 
@@ -79,7 +80,7 @@ def test_the_stream_of_windows_never_changes(tmp_path):
     assert np.concatenate([b["tokens"][:, 0] for b in found]).tolist() == STREAM
 
 
-@pytest.mark.parametrize("sampling", ["windows", "packed"])
+@pytest.mark.parametrize("sampling", ["windows", "packed", "documents"])
 def test_same_seed_same_batches_and_others_differ(corpus, sampling):
     first = take(start(corpus, sampling), 4)
     assert_same(first, take(start(corpus, sampling), 4))
@@ -95,7 +96,7 @@ def test_splits_have_different_streams(tmp_path):
     assert (train["tokens"] != validation["tokens"]).any()
 
 
-@pytest.mark.parametrize("sampling", ["windows", "packed"])
+@pytest.mark.parametrize("sampling", ["windows", "packed", "documents"])
 def test_set_state_continues_identically(corpus, sampling):
     iterator = start(corpus, sampling)
     take(iterator, 7)
@@ -108,7 +109,7 @@ def test_set_state_continues_identically(corpus, sampling):
     assert_same(take(iterator, 5), expected)
 
 
-@pytest.mark.parametrize("sampling", ["windows", "packed"])
+@pytest.mark.parametrize("sampling", ["windows", "packed", "documents"])
 def test_state_holds_for_another_number_of_processes(corpus, sampling):
     alone = start(corpus, sampling)
     take(alone, 5)
@@ -133,12 +134,63 @@ def test_packed_batches_pass_each_row_once_per_epoch(corpus):
     assert seen[:rows] != seen[rows:]
 
 
+class WithBothEnds(CharTokenizer):
+    """A vocabulary with tokens before and after a document."""
+
+    begin_of_text, end_of_text = 400, 401
+    vocab_size = 402
+
+
+def test_a_row_holds_the_beginning_of_one_document(corpus):
+    both = Corpus(corpus._source, WithBothEnds(corpus.tokenizer.characters))
+    documents = both.documents("train")
+    count = len(documents)
+    for begin in (False, True):
+        batch = take(start(both, "documents", batch_size=1, begin_of_text=begin), 2 * count)
+        rows = [{name: value[0] for name, value in b.items()} for b in batch]
+        head = [400] * begin
+        expected = [[*head, *ids.tolist()][:17] for ids in documents]
+        found = []
+        for row in rows:
+            scored = row["targets"] >= 0
+            # Scored tokens stand on the left, and those that are not are padding.
+            assert not scored[scored.sum() :].any()
+            np.testing.assert_array_equal(row["segment_ids"], scored)
+            assert not row["tokens"][~scored].any()
+            np.testing.assert_array_equal(
+                row["tokens"][1:][scored[1:]], row["targets"][:-1][scored[1:]]
+            )
+            found.append([*row["tokens"][scored].tolist(), int(row["targets"][scored][-1])])
+        assert sorted(found[:count]) == sorted(found[count:]) == sorted(expected)
+        assert found[:count] != found[count:]
+    short = next(row for row in rows if 0 < (row["targets"] >= 0).sum() < 16)
+    assert (short["targets"] == 401).sum() == 1  # the end is learnt, and never read
+    assert 401 not in short["tokens"]
+
+
+def test_an_empty_document_is_a_row_of_padding():
+    row = document_row(np.array([7]), 4, None)
+    assert [row[name].tolist() for name in ("tokens", "targets", "segment_ids")] == [
+        [0] * 4,
+        [-1] * 4,
+        [0] * 4,
+    ]
+    row = document_row(np.array([7]), 4, 5)
+    assert (row["tokens"].tolist(), row["targets"].tolist()) == ([5, 0, 0, 0], [7, -1, -1, -1])
+
+
+def test_a_vocabulary_without_a_beginning_is_refused(corpus):
+    with pytest.raises(ConfigError, match=r"char vocabulary has no.*--no-data\.begin-of-text"):
+        start(corpus, "documents", begin_of_text=True)
+
+
 def test_packing_needs_documents(tmp_path):
     path = tmp_path / "ids.bin"
     np.arange(100, dtype=np.uint16).tofile(path)
     corpus = load_corpus(DataConfig(path=str(path), tokenizer="byte"))
-    with pytest.raises(ConfigError, match="packed needs documents"):
-        start(corpus, "packed")
+    for sampling in ("packed", "documents"):
+        with pytest.raises(ConfigError, match=f"{sampling} needs documents"):
+            start(corpus, sampling)
 
 
 def test_window_longer_than_the_split(corpus):
@@ -156,7 +208,7 @@ def test_window_longer_than_the_split(corpus):
     [
         ({"process_count": 4}, "multiple of 4"),
         ({"process_count": 2, "process_index": 2}, "Process 2 of 2"),
-        ({"sampling": "random"}, "windows or packed"),
+        ({"sampling": "random"}, "windows, packed or documents"),
     ],
 )
 def test_impossible_batches(corpus, changes, words):

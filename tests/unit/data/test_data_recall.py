@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmem.data.recall import NOT_SCORED, RecallShape, draw_rows
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, UnknownName
 
 SHAPE = RecallShape(pairs=5, questions=3, keys=7, values=4, fillers=6)
 
@@ -28,6 +28,25 @@ def test_every_question_has_one_answer_in_the_haystack(length: int):
         assert np.all(wanted[asked] < SHAPE.vocabulary)
 
 
+@pytest.mark.parametrize("length", [29, 30, 40])
+def test_adjacent_facts_come_first_and_are_asked_for_repeatedly(length: int):
+    shape = RecallShape(pairs=5, questions=10, keys=7, values=4, fillers=6, layout="adjacent")
+    tokens, targets = draw_rows(np.random.default_rng(0), 50, length, shape)
+    first = length - 19  # ten questions, the last without its answer
+    asked = np.arange(first, length, 2)
+    repeated = 0
+    for row, wanted in zip(tokens, targets, strict=True):
+        facts = dict(zip(row[:10:2], row[1:10:2], strict=True))
+        assert len(facts) == 5
+        assert all(6 <= key < 13 <= value < 17 for key, value in facts.items())
+        assert np.all(row[10:first] < 6)
+        np.testing.assert_array_equal(np.flatnonzero(wanted != NOT_SCORED), asked)
+        assert all(facts[row[i]] == wanted[i] for i in asked)
+        assert all(row[i + 1] == wanted[i] for i in asked[:-1])
+        repeated += len({row[i] for i in asked}) < 5
+    assert 0 < repeated < 50  # questions are drawn, not counted off
+
+
 def test_facts_stand_everywhere():
     tokens, _ = draw_rows(np.random.default_rng(0), 500, 30, SHAPE)
     counts = ((tokens >= 6) & (tokens < 13)).sum(0)[:25]
@@ -42,5 +61,11 @@ def test_shapes_that_do_not_fit_are_refused():
         RecallShape(pairs=5, questions=6)
     with pytest.raises(ConfigError, match="no fewer keys and no more questions"):
         RecallShape(pairs=5, keys=4, questions=5)
+    with pytest.raises(ConfigError, match="layout='adjacent', which repeats"):
+        RecallShape(pairs=5, questions=6)
+    with pytest.raises(ConfigError, match="no fewer keys"):
+        RecallShape(pairs=5, keys=4, questions=6, layout="adjacent")
+    with pytest.raises(UnknownName, match="Did you mean adjacent"):
+        RecallShape(layout="adjacnt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="fillers=0"):
         RecallShape(fillers=0)

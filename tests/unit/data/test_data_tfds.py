@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 
 from jaxmem.data.config import DataConfig
 from jaxmem.data.pipeline import load_corpus
+from jaxmem.data.shards import HoldOut
 from jaxmem.data.sources import load_source
 from jaxmem.errors import DataError
 
@@ -63,6 +64,24 @@ def test_the_only_text_feature_is_taken(tmp_path):
     prepare(tmp_path, {"train": ["a" * 30]}, features=("review",))
     source = load_source(DataConfig(source="tfds:letters", path=str(tmp_path)))
     assert source.splits["validation"] == ["aaa"]
+
+
+def test_one_of_several_text_features_is_named(tmp_path):
+    prepare(tmp_path, {"train": ["a" * 30]}, features=("question", "answer"))
+    fields = {"source": "tfds:letters", "path": str(tmp_path)}
+    source = load_source(DataConfig(**fields, field="answer"))
+    assert source.splits["validation"] == ["aaa"]
+    with pytest.raises(DataError, match=r"expected one named reply\. Name one by --data\.field"):
+        load_source(DataConfig(**fields, field="reply"))
+
+
+def test_documents_are_held_out_by_hash(tmp_path):
+    texts = [f"text {number}" for number in range(40)]
+    prepare(tmp_path, {"train": texts})
+    fields = {"source": "tfds:letters", "path": str(tmp_path), "validation_share": 0.2}
+    splits = load_source(DataConfig(**fields)).splits
+    assert splits["validation"] == [t for t in texts if HoldOut(0.2, 123).takes(t)]
+    assert sorted((*splits["train"], *splits["validation"])) == sorted(texts)
 
 
 @pytest.mark.parametrize(

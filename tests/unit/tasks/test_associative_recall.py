@@ -1,6 +1,7 @@
 """The recall task: what it scores, and what it leaves behind."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,8 +75,28 @@ def test_batches_are_a_function_of_their_number():
     other = next(task.batches("validation", **OPTIONS))
     assert not np.array_equal(other["tokens"], first["tokens"])
     assert any("3 facts among filler, 2 questions" in line for line in task.lines())
-    more = dataclasses.replace(CONFIG, rows=dataclasses.replace(CONFIG.rows, keys=5))
-    assert more.open(MODEL, DataConfig()).fingerprint != task.fingerprint
+    prints = {task.fingerprint}
+    for fields in ({"keys": 5}, {"layout": "adjacent"}):
+        other = dataclasses.replace(CONFIG, rows=dataclasses.replace(CONFIG.rows, **fields))
+        prints.add(other.open(MODEL, DataConfig()).fingerprint)
+    assert len(prints) == 3
+
+
+def test_fingerprint_of_runs_without_a_layout_stays():
+    facts = "(1, RecallShape(pairs=3, questions=2, keys=4, values=4, fillers=3), 16)"
+    wanted = hashlib.sha256(facts.encode()).hexdigest()
+    assert CONFIG.open(MODEL, DataConfig()).fingerprint == wanted
+
+
+def test_adjacent_facts_are_recalled_exactly_or_not():
+    rows = dataclasses.replace(CONFIG.rows, questions=3, layout="adjacent")
+    config = dataclasses.replace(CONFIG, rows=rows)
+    task = config.open(MODEL, DataConfig())
+    batch = next(task.batches("train", **OPTIONS))
+    right = task.loss(Oracle(), batch)
+    assert int(right.count) == 6 * 3
+    assert float(right.aux["accuracy"]) == 1.0
+    assert any("3 facts at the start, 3 questions" in line for line in task.lines())
 
 
 def test_finish_measures_other_lengths(tmp_path: Path):

@@ -1,0 +1,12 @@
+"""mqar_2mamba's twin with the exponential kernel: 2Mamba-E.
+
+Source: multi-query associative recall (MQAR, arXiv 2312.04927), as small as shows the difference.
+Parameters: 0.0296 M
+Time: 1 min on 2 CPU cores
+Result: 100 % of the answers are right (seed 0), after 600 updates.
+"""
+
+from configs._two_mamba_recall import multi_query_recall
+from jaxmem.interop.attention_types import from_name
+
+config = multi_query_recall(from_name("2mamba_e", num_heads=2))

@@ -1,0 +1,249 @@
+"""Find a needle in a haystack: say the pass key that a prompt hides, at any length and depth.
+
+The loss is the cross-entropy of the characters of the answer, see `jaxmem.data.needle`. When the
+run ends, the model answers prompts of several lengths and depths: it reads them into its state
+chunk by chunk and goes on greedily for 10 characters, of which the digits of the first word count.
+Lengths beyond `model.context_len` are read with a state that holds them.
+
+Reference: 2Mamba2Furious (arXiv 2602.17363), needle in a haystack. Differs: only new characters
+  are scored.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxmem.backbones.base import ModelConfig, with_vocabulary
+from jaxmem.data.config import DataConfig
+from jaxmem.data.needle import (
+    NEEDLE,
+    QUALITIES,
+    QUESTION,
+    SHORTEST,
+    SHORTEST_ROW,
+    SUBJECTS,
+    TOKENIZER,
+    Prompt,
+    draw_prompt,
+    draw_rows,
+    is_right,
+)
+from jaxmem.errors import ConfigError, NonFiniteLoss
+from jaxmem.generate.sampling import Sampling
+from jaxmem.generate.text import generate_text
+from jaxmem.tasks.base import (
+    SPLITS,
+    Batch,
+    Batches,
+    CountedBatches,
+    RunInfo,
+    Task,
+    TaskConfig,
+    TaskLoss,
+    register_task,
+)
+from jaxmem.tasks.language_modeling import cross_entropy_sum
+
+GENERATOR = 1
+"""Raised when the same config gives other prompts."""
+NEW_TOKENS = 10
+"""Characters that a model may add to a prompt."""
+
+Accuracy = list[list[float | None]]
+"""Share of right answers by length and depth; None where the model cannot read so much."""
+
+
+@register_task("needle")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleConfig(TaskConfig):
+    """Say the pass key that is hidden in a haystack."""
+
+    products: ClassVar[tuple[str, ...]] = ("needle.json", "needle.md", "plots/needle.png")
+
+    lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    """Characters of the prompts that are answered at the end of the run."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the key stands in them: 0 is the start of the haystack, 1 its end."""
+    test_prompts: int = 20
+    """Prompts of each length and depth."""
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        """Ask for rows and prompts in which needle and question fit."""
+        super().check(model, data)
+        if model.context_len < SHORTEST_ROW:
+            raise ConfigError(
+                f"`model.context_len={model.context_len}` is too short for needle, question and "
+                f"answer. Use {SHORTEST_ROW} or more."
+            )
+        if not self.lengths or min(self.lengths) < SHORTEST or self.test_prompts < 1:
+            raise ConfigError(
+                f"`task.lengths={self.lengths}`, `task.test_prompts={self.test_prompts}`. Use "
+                f"lengths of {SHORTEST} or more, which needle and question take, and at least one "
+                "prompt."
+            )
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ConfigError(f"`task.depths={self.depths}`. Use depths from 0 to 1.")
+
+    def open(self, model: ModelConfig, data: DataConfig) -> "NeedleTask":
+        """Count the characters."""
+        del data
+        return NeedleTask(self, with_vocabulary(model, TOKENIZER.vocab_size, owner="tokenizer"))
+
+
+class NeedleTask(Task):
+    """Prompts drawn anew for every batch; training and validation prompts are of the same kind."""
+
+    unit = "characters"
+    loss_label = "loss (nats per character of the answer)"
+
+    def __init__(self, config: NeedleConfig, model: ModelConfig):
+        super().__init__(model)
+        self.config = config
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the prompts depend on."""
+        facts = (GENERATOR, SUBJECTS, QUALITIES, NEEDLE, QUESTION, self.model.context_len)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def lines(self) -> list[str]:
+        """Say what a row holds."""
+        return [
+            f"data       prompts of {SHORTEST} characters or more that hide a pass key, with the "
+            f"answer up to {self.model.context_len} characters; {TOKENIZER.vocab_size} kinds"
+        ]
+
+    def batches(
+        self, split: str, *, batch_size: int, seed: int, process_index: int, process_count: int
+    ) -> Batches:
+        """Draw prompts for ever."""
+
+        def make(number: int) -> dict[str, np.ndarray]:
+            rng = np.random.default_rng([seed, SPLITS.index(split), number])
+            return draw_rows(rng, batch_size, self.model.context_len)._asdict()
+
+        return CountedBatches(make, process_index=process_index, process_count=process_count)
+
+    def loss(self, model: Any, batch: Batch, *, rngs: nnx.Rngs | None = None) -> TaskLoss:
+        """Sum the cross-entropy of the answers; `accuracy` is the share of faultless ones."""
+        output = model(batch["tokens"], rngs=rngs)
+        total, count = cross_entropy_sum(output.logits, batch["targets"])
+        accuracy = faultless(output.logits, batch["targets"])
+        return TaskLoss(total, count, dict(output.aux) | {"accuracy": accuracy})
+
+    def finish(self, model: Any, run: RunInfo, key: jax.Array) -> list[str]:
+        """Answer prompts of all lengths and depths; write JSON, a table and a heat map."""
+        config = self.config
+        accuracy = self.answer(model, seed=int(jax.random.bits(key)))
+        facts = {
+            "trained_at": self.model.context_len,
+            "lengths": config.lengths,
+            "depths": config.depths,
+            "accuracy": accuracy,
+        }
+        text = f"{json.dumps(facts, indent=2)}\n"
+        (run.folder / "needle.json").write_text(text, encoding="utf-8")
+        title = f"Right answers by length and depth, trained at {self.model.context_len}."
+        table = f"{title}\n\n{accuracy_table(accuracy, config.lengths, config.depths)}"
+        (run.folder / "needle.md").write_text(f"{table}\n", encoding="utf-8")
+        picture = run.folder / "plots" / "needle.png"
+        heat_map(accuracy, config.lengths, config.depths, picture, title=title.rstrip("."))
+        return [table]
+
+    def answer(self, model: Any, *, seed: int) -> Accuracy:
+        """Return the accuracy by length and depth; the prompts depend on the seed only."""
+        lengths, depths = self.config.lengths, self.config.depths
+        # One size of state for all lengths: the decode step is compiled once.
+        reader = with_context(model, max(lengths) + NEW_TOKENS)
+        found: Accuracy = []
+        for length in lengths:
+            row: list[float | None] = []
+            for number, depth in enumerate(depths):
+                rng = np.random.default_rng([seed, length, number])
+                drawn = [draw_prompt(rng, length, depth) for _ in range(self.config.test_prompts)]
+                row.append(share_right(reader, drawn))
+            found.append(row)
+        return found
+
+
+def faultless(logits: Float[Array, "B T X"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Return the share of rows in which the likeliest token is the target wherever one is scored.
+
+    As each is read after the right ones before it, this is the exact match of greedy answers.
+    """
+    right = (jnp.argmax(logits, axis=-1) == targets) | (targets < 0)
+    return jnp.mean(jnp.all(right, axis=1).astype(jnp.float32))
+
+
+def with_context(model: Any, context_len: int) -> tuple[Any, Any]:
+    """Return a decoder with the same parameters whose states hold `context_len` tokens, split."""
+    reader = nnx.merge(*nnx.split(model))
+    reader.config = dataclasses.replace(model.config, context_len=context_len)
+    return nnx.split(reader)
+
+
+def share_right(model: tuple[Any, Any], prompts: Sequence[Prompt]) -> float | None:
+    """Return the share of prompts answered rightly; None if the model cannot read them."""
+    try:
+        said = generate_text(
+            model,
+            TOKENIZER,
+            [prompt.text for prompt in prompts],
+            max_new_tokens=NEW_TOKENS,
+            sampling=Sampling(temperature=0.0),
+            key=jax.random.key(0),
+        )
+    except NonFiniteLoss:  # learned positions end somewhere
+        return None
+    answers = zip(said, prompts, strict=True)
+    return float(np.mean([is_right(text, prompt.key) for text, prompt in answers]))
+
+
+def accuracy_table(accuracy: Accuracy, lengths: Sequence[int], depths: Sequence[float]) -> str:
+    """Return accuracy by length and depth as Markdown."""
+    head = ["length", *(f"depth {depth:.0%}" for depth in depths)]
+    rows = [
+        [str(length), *("fails" if value is None else f"{value:.0%}" for value in row)]
+        for length, row in zip(lengths, accuracy, strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def heat_map(
+    accuracy: Accuracy, lengths: Sequence[int], depths: Sequence[float], path: Path, *, title: str
+) -> None:
+    """Draw accuracy by length and depth.
+
+    Args:
+      accuracy: by length and depth.
+      lengths: of the prompts, in characters.
+      depths: of the key.
+      path: of the PNG; its folder is made.
+      title: shown above the axes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.8), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    values = np.array(accuracy, float).T
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (depth, length), value in np.ndenumerate(values):
+        text = "fails" if np.isnan(value) else f"{value:.2f}"
+        ink = "w" if value < 0.6 else "k"
+        axes.text(length, depth, text, ha="center", va="center", color=ink)
+    axes.set(title=title, xlabel="prompt (characters)", ylabel="depth of the key")
+    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    figure.colorbar(image, ax=axes, label="right answers")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)

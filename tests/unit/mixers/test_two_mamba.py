@@ -1,0 +1,273 @@
+"""The two_mamba grammar: what it refuses, and what the papers say follows from it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem.errors import ConfigError, UnknownName
+from jaxmem.interop.attention_types import ALIASES, ATTENTION, MAMBA, fields, from_name
+from jaxmem.mixers.base import Mixer, build
+from jaxmem.mixers.mamba2 import Mamba2Config
+from jaxmem.mixers.root_orders import RootOrdersConfig
+from jaxmem.mixers.softmax_state import SoftmaxStateConfig
+from jaxmem.mixers.two_mamba import TwoMambaConfig
+from jaxmem.nn.init import uniform_init
+from jaxmem.nn.scaled import Scaled, l2_normed, layer_normed, rms_normed, scaled, value
+from jaxmem.ops.decay import bounded_decay
+from tests.helpers.compare import FORWARD, assert_close
+
+DIM = 12
+
+
+def make(config: Any, dim: int = DIM) -> Mixer:
+    mixer = build(config, dim, init=uniform_init(), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixer)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved))
+
+
+def run(mixer: Mixer, x: jax.Array) -> jax.Array:
+    return jax.jit(lambda x: mixer(x).y)(x)
+
+
+@pytest.fixture
+def x() -> jax.Array:
+    return jax.random.normal(jax.random.key(2), (2, 10, DIM))
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"kernel": "pow1"}, "signed weights"),
+    ({"denominator": "one", "eps": 0.1}, "change a sum of weights"),
+    ({"denominator": "count", "detach": True}, "change a sum of weights"),
+    ({"out_gate": "post"}, "after a norm of each head"),
+    ({"out_gate": "both", "norm": "rms_all"}, "after a norm of each head"),
+    ({"dt_bias": True}, "bias of dt, which nothing uses"),
+    ({"denominator": "count_pow", "key_gate": "count_pow"}, "share one exponent"),
+    ({"denominator": "gate_sum", "out_gate": "pre"}, "made of the output gate"),
+    ({"kernel": "cube"}, r"kernel='cube'. Use one of exp, pow1"),
+    ({"feature": "gelu"}, "feature='gelu'. Use one of id"),
+    ({"decay": "lag1024"}, "decay='lag1024'. Use one of none"),
+    ({"conv": 1}, "conv=1. Use 2 to 4"),
+    ({"conv": -2}, "conv=-2"),
+    ({"terms": 0}, "terms=0"),
+    ({"clamp": float("inf")}, "clamp=inf is not finite"),
+    ({"norm_eps": 0.0}, "norm_eps=0.0 is not positive"),
+    ({"floor": -1.0}, "floor=-1.0 is negative"),
+    ({"num_heads": 5}, "does not divide model.dim"),
+    ({"num_heads": 4, "rope": "half"}, "a head has 3 of them. Use an even head width"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_rows_that_make_no_sense(
+    wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as without the tests' hook
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TwoMambaConfig(num_heads=4), **wrong).check(DIM, "model.mixer")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Mamba2Config(head_dim=5), "ssm_dim=12 is not a multiple of head_dim=5"),
+        (Mamba2Config(head_dim=8, ssm_dim=16), "ssm_dim=16 is not a multiple"),
+        (Mamba2Config(head_dim=4, state_dim=0), "state_dim=0"),
+        (RootOrdersConfig(num_heads=1), "an order has 3 channels"),
+        (RootOrdersConfig(num_heads=1, orders=0), "orders=0"),
+        (SoftmaxStateConfig(num_heads=4), "heads of 3 channels"),
+    ],
+)
+def test_related_layers_that_make_no_sense(config: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        config.check(DIM, "model.mixer")
+
+
+def test_names():
+    assert from_name("2mamba") == TwoMambaConfig()
+    assert fields("2mamba_e") == fields(ALIASES["2mamba_e"])
+    assert from_name("softmax").rope == "pairs"
+    assert from_name("softmax", "attention").rope == "half"
+    assert from_name("gated_softmax_decay", "attention").rope == "none"
+    for name in MAMBA:
+        assert from_name(name).conv in (0, 2, 3, 4)
+    with pytest.raises(UnknownName, match="linear_cosine"):
+        from_name("linear_cosin", "attention")
+    with pytest.raises(UnknownName, match="squared__sm_norm"):
+        from_name("squared__sm_norm__A_mask_type_neg_softplu__in_conv_k_2")
+    with pytest.raises(UnknownName):
+        from_name("softmax_divs", "attention", fixed=True)
+
+
+def run_as(name: str, given: Mixer, x: jax.Array, **more: Any) -> jax.Array:
+    """Run another name with the parameters of a mixer."""
+    other = make(from_name(name, "attention", num_heads=2, **more))
+    graph, params = nnx.split(other)
+    flat = dict(nnx.to_flat_state(params))
+    flat |= {path: v for path, v in nnx.to_flat_state(nnx.state(given)) if path in flat}
+    return run(nnx.merge(graph, nnx.from_flat_state(flat)), x)
+
+
+def test_equal_functions_have_equal_rows_and_gates_cancel(x: jax.Array):
+    groups = (
+        ("softmax_divS_gate", "softmax_divS_gatev2", "gated_softmax_no_in_gate_no_norm"),
+        ("softmax_divs", "gated_softmax_no_gate_no_norm"),
+        ("softmax_divS_norm", "gated_softmax_no_gate_rmsnorm"),
+    )
+    for first, *others in groups:
+        assert all(ATTENTION[name] == ATTENTION[first] for name in others)
+    # A gate or a count before a norm to unit length does nothing; after it, it does.
+    plain = "gated_softmax_no_gate_L2norm_nodivS_noclamp"
+    gated = make(
+        from_name("gated_softmax_out_gate_L2norm_nodivS_noclamp", "attention", num_heads=2)
+    )
+    assert_close(run_as(plain, gated, x), run(gated, x), FORWARD)
+    both = run_as("gated_softmax_post_out_gate_L2norm_nodivS_noclamp", gated, x)
+    assert float(jnp.max(jnp.abs(both - run(gated, x)))) > 1e-2
+
+
+def test_normalised_squares_do_not_see_the_size_of_queries(x: jax.Array):
+    mixer = make(from_name("squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2", num_heads=2))
+    y = run(mixer, x)
+    queries = slice(0, DIM)
+    mixer.short_conv.kernel[...] = mixer.short_conv.kernel[...].at[:, queries].multiply(100.0)
+    mixer.short_conv.bias[...] = mixer.short_conv.bias[...].at[queries].multiply(100.0)
+    # Float32 keeps 4 digits of a sum of squares of nearly perpendicular vectors.
+    np.testing.assert_allclose(run(mixer, x), y, rtol=0, atol=1e-3 * float(jnp.max(jnp.abs(y))))
+
+
+def test_complete_forgetting_leaves_each_token_its_value(x: jax.Array):
+    mixer = make(
+        TwoMambaConfig(num_heads=2, conv=0, kernel="exp", decay="neg_softplus", denominator="sum")
+    )
+    mixer.decay.projection.kernel[...] = 0.0 * mixer.decay.projection.kernel[...]
+    y = run(mixer, x)
+    # softplus(0) = 0.69 a step; with a slope of 1e4 on a channel that is 1 everything is forgotten.
+    ones = x.at[..., 0].set(1.0)
+    mixer.decay.projection.kernel[...] = mixer.decay.projection.kernel[...].at[0].set(1e4)
+    v = mixer.qkv(ones)[..., 2 * DIM :]
+    assert_close(run(mixer, ones), mixer.out(v), FORWARD)
+    assert float(jnp.max(jnp.abs(y - mixer.out(mixer.qkv(x)[..., 2 * DIM :])))) > 1e-2
+
+
+def test_counts_are_of_visible_keys_not_of_the_row():
+    mixer = make(from_name("softmax_divs", "attention", num_heads=2))
+    x = jax.random.normal(jax.random.key(3), (1, 9, DIM))
+    # A longer row does not change what was there.
+    np.testing.assert_array_equal(run(mixer, x)[:, :4], run(mixer, x.at[:, 4:].set(0.0))[:, :4])
+    assert_close(run(mixer, x[:, :4]), run(mixer, x)[:, :4], FORWARD)
+
+
+@pytest.mark.parametrize("logit", [-1000.0, -30.0, 0.0, 30.0, 1000.0])
+def test_norms_of_exponentials_at_any_logit(logit: float):
+    """Norms of e^logit u against float64 where that can hold it, and finite beyond."""
+    u = np.random.default_rng(0).normal(size=(1, 1, 1, 6))
+    weight, bias = jnp.linspace(0.5, 1.5, 6), jnp.linspace(-1, 1, 6)
+    log = jnp.full((1, 1, 1), logit, jnp.float32)
+    eps = 1e-5
+
+    def norms(u: jax.Array, log: jax.Array) -> tuple[jax.Array, ...]:
+        of = scaled(u, log)
+        return layer_normed(of, weight, bias, eps), rms_normed(of, weight, eps), l2_normed(of)
+
+    given = jnp.asarray(u, jnp.float32)
+
+    def scalar(u: jax.Array, log: jax.Array) -> tuple[jax.Array, Any]:
+        found = norms(u, log)
+        return sum(jnp.sum(a) for a in found), found
+
+    (_, got), grads = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))(given, log)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((got, grads)))
+    wide = u * np.exp(np.clip(logit, -700, 300))
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias,
+        wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * weight,
+        wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12),
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_visible_gives_zero_with_gradient_zero():
+    u = jnp.ones((1, 1, 1, 4))
+    nothing = jnp.full((1, 1, 1), -jnp.inf)
+    for norm in (value, l2_normed, lambda of: rms_normed(of, jnp.ones(4), 1e-5)):
+        y = norm(scaled(u, nothing))
+        grads = jax.grad(lambda u, g, norm=norm: jnp.sum(norm(scaled(u, g))), (0, 1))(u, nothing)
+        assert float(jnp.max(jnp.abs(y))) == 0.0
+        assert all(float(jnp.max(jnp.abs(g))) == 0.0 for g in grads)
+    assert isinstance(scaled(u), Scaled)
+
+
+def test_growth_is_bounded_and_changes_no_share():
+    draw = np.random.default_rng(0)
+    gates = jnp.asarray(draw.normal(size=(2, 50, 3)) + 0.2, jnp.float32)
+    resets = jnp.zeros((2, 50), bool).at[:, 20].set(True)
+    start = jnp.zeros((2, 3))
+    bounded = jax.jit(bounded_decay)
+    decays, excess = bounded(gates, start, resets)
+    inside = np.ones((2, 50), bool)
+    inside[:, [0, 20]] = False
+    assert float(jnp.max(jnp.where(inside[..., None], decays, 0.0))) <= 1e-5
+    assert float(jnp.min(excess)) >= 0.0
+
+    def shares(gates: jax.Array, weight: jax.Array, first: int, last: int) -> jax.Array:
+        passed = jnp.cumsum(gates[:, first:last], axis=1)
+        logits = passed[:, -1:] - passed + weight[:, first:last]
+        return jax.nn.softmax(logits, axis=1)
+
+    for first, last in ((0, 20), (20, 50), (20, 33)):
+        expected = shares(gates, jnp.zeros_like(gates), first, last)
+        assert_close(shares(decays, -excess, first, last), expected, FORWARD)
+    # In two calls as in one.
+    one, until = bounded(gates[:, :30], start, resets[:, :30])
+    two, after = bounded(gates[:, 30:], until[:, -1], resets[:, 30:])
+    assert_close(jnp.concatenate([one, two], axis=1), decays, FORWARD)
+    assert_close(after[:, -1], excess[:, -1], FORWARD)
+
+
+@pytest.mark.parametrize("decay", ["neg_silu", "neg_softplus2"])
+def test_long_growth_stays_finite(decay: str):
+    mixer = make(TwoMambaConfig(num_heads=2, decay=decay, conv=0))
+    x = jnp.ones((1, 1000, DIM))
+    kernel = mixer.decay.projection.kernel
+    kernel[...] = jnp.full(kernel.shape, -1.0 / DIM)  # u = -1: each step grows by e^0.27 or more
+    for form in ("parallel", "chunked"):
+        y = jax.jit(lambda x, form=form: mixer(x, form=form).y)(x)
+        assert bool(jnp.all(jnp.isfinite(y)))
+
+
+@pytest.mark.parametrize("name", ["gated_softmax", "softmax_gate", "gated_softmax_no_gate"])
+def test_huge_inputs(name: str):
+    """The clamp and log-space sums keep these finite at any size of logits."""
+    mixer = make(from_name(name, "attention", num_heads=2))
+    x = 1e4 * jax.random.normal(jax.random.key(4), (1, 6, DIM))
+    assert bool(jnp.all(jnp.isfinite(run(mixer, x))))
+
+
+def test_states_have_the_sizes_of_the_paper():
+    """Numbers per head: KV cache 2 N d; order 2 D₂ d + D₂ + 3 d; order 1 d² + d + 3 d."""
+    heads, width = 2, 6
+    dim = heads * width
+    pairs = width * (width + 1) // 2
+
+    def numbers(config: TwoMambaConfig, tokens: int) -> float:
+        mixer = build(config, dim, init=uniform_init(), rngs=nnx.Rngs(0))
+        counters = 2 * 4  # place and document
+        return (mixer.state_bytes(1, tokens) - counters) / 4 / heads
+
+    squared = from_name("2mamba", num_heads=heads)
+    assert numbers(squared, 100) == pairs * width + pairs + 3 * width
+    positive = dataclasses.replace(squared, kernel="pow1", feature="relu")
+    assert numbers(positive, 100) == width**2 + width + 3 * width
+    softmax = from_name("softmax", num_heads=heads)
+    assert numbers(softmax, 200) - numbers(softmax, 100) == 100 * (2 * width + 1 / heads)
