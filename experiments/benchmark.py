@@ -21,17 +21,20 @@ class BenchmarkOptions:
     """
 
     op: str | None = None
-    """Measure this op at its shapes, or over --lengths."""
+    """Measure this op in all its variants, at its shapes or over --lengths."""
     lengths: str | None = None
     """Lengths for --op, doubling from the first to the last: 512:32k."""
-    suite: Literal["kernels", "memory_mosaics"] | None = None
-    """Measure all ops, or training steps of Memory Mosaics beside the published ones."""
+    suite: Literal["kernels", "memory_mosaics", "two_mamba"] | None = None
+    """Measure all ops, or training steps of Memory Mosaics beside the published ones, or linear and
+    squared attention and where the forms of the latter cross."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the operands of ops; auto: bfloat16 on a GPU, float32 on a CPU."""
     rounds: int = 3
     """Rounds in which the implementations take turns."""
     peers: bool = False
     """With ops on a GPU: measure other packages too, if they are installed."""
+    peer_checkout: Path | None = None
+    """With --peers: checkout of the 2Mamba authors' code, whose kernels are measured too."""
     compile_report: bool = False
     """Compile every kernel and whole training steps for GPUs that need not be here."""
     tune: bool = False
@@ -65,6 +68,8 @@ def _check(options: BenchmarkOptions) -> None:
         )
     if options.lengths and (options.op is None or options.tune):
         raise ConfigError("--lengths is for --op NAME, which measures one op over lengths.")
+    if options.peer_checkout is not None and not options.peers:
+        raise ConfigError("--peer-checkout is for --peers, which measures other code beside ours.")
     if options.rounds < 1:
         raise ConfigError(f"--rounds {options.rounds} measures nothing. Use 1 or more.")
 
@@ -86,7 +91,11 @@ def _run(options: BenchmarkOptions) -> "Result":
 
     dtype = ops.default_dtype() if options.dtype == "auto" else options.dtype
     measured = {"budget": timing.BUDGET, "rounds": options.rounds}
-    if options.op is None:
+    if options.suite == "two_mamba":
+        from jaxmem.reports.benchmark.two_mamba import run_two_mamba
+
+        found = run_two_mamba(dtype, **measured)
+    elif options.op is None:
         found = ops.run_suite(dtype, **measured)
     else:
         lengths = ops.parse_lengths(options.lengths) if options.lengths else []
@@ -94,7 +103,7 @@ def _run(options: BenchmarkOptions) -> "Result":
     if options.peers:
         from jaxmem.reports.benchmark.peers import with_peers
 
-        found = with_peers(found, **measured)
+        found = with_peers(found, checkout=options.peer_checkout, **measured)
     return found
 
 

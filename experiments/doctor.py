@@ -90,14 +90,15 @@ def _passes(name: str, run: Callable[[Implementation], Any]) -> bool:
 
 def self_tests() -> dict[str, Callable[[Implementation], Any]]:
     """Return every op that is measured, to be called with the name of an implementation."""
-    from jaxmem.reports.benchmark.cases import OPS, Case, Op
+    from jaxmem.reports.benchmark.cases import Case, main_uses
+    from jaxmem.reports.benchmark.op import Op
 
     def run(op: Op, form: Implementation) -> Any:
         shape = {letter: SIZES[letter] for letter in op.small[0]}
         operands = Case(op, shape, "float32", small=True).operands
         return op.call(*operands.values(), implementation=form)
 
-    return {op.name: functools.partial(run, op) for op in OPS}
+    return {op.name: functools.partial(run, op) for op in main_uses()}
 
 
 def _version(distribution: str) -> str | None:

@@ -79,7 +79,7 @@ def linear_attention(
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
       implementation: `reference` is one step of a `lax.scan` per token, `xla` a scan over chunks,
         `pallas` one kernel forward and two walks backward.
-      chunk_size: tokens per chunk of `xla`; speed and memory only. None: 64.
+      chunk_size: tokens per chunk of `xla`; speed and memory only. None: 32.
       precision: of the matrix products; None: JAX's default.
       config: launch configuration of the kernels; None: that of the tables.
       interpret: run kernels interpreted; None: where there is no GPU.

@@ -64,8 +64,8 @@ def run(
     carry = _Carry(*start, jnp.zeros((operands.q.shape[0],), jnp.int32))
     body = jax.checkpoint(functools.partial(_chunk, walk))
     carry, (y, total) = lax.scan(body, carry, chunks)
-    y, total = (None if a is None else _joined(a)[:, :length] for a in (y, total))
-    return y, total, LinearState(carry.memory, carry.total)
+    total = None if total is None else _joined(total)[:, :length]
+    return _joined(y)[:, :length], total, LinearState(carry.memory, carry.total)
 
 
 def _joined(chunks: Array) -> Array:

@@ -105,7 +105,8 @@ def polynomial_attention(
     if form == "reference":
         return _reference(pairs, coefficients, scale, clamp)
     similarity = _clamped(_polynomial(coefficients, wide), clamp)
-    return PolynomialRead(*similarity_sums(similarity, pairs, scale=scale, precision=precision))
+    options = {"scale": scale, "precision": precision}
+    return PolynomialRead(*similarity_sums(similarity, pairs, in_row=places is None, **options))
 
 
 declare(polynomial_attention, xla=None, reference=None)

@@ -105,7 +105,7 @@ def squared_attention(
       implementation: `reference` is one step per token with features; `xla` takes all pairs, block
         by block, in rows that are short (`quadratic_is_shorter`), else chunks; `pallas` is a kernel
         over all pairs, which has no state.
-      chunk_size: tokens per chunk; speed and memory only. None: 64.
+      chunk_size: tokens per chunk; speed and memory only. None: 32.
       precision: of the matrix products; None: JAX's default. Squares double a relative error.
       config: launch configuration of the kernel; None: that of the tables.
       interpret: run the kernel interpreted; None: where there is no GPU.
@@ -142,10 +142,9 @@ def squared_attention(
         static = _Static(scale, precision, config, interpreted(interpret))
         y, total = _kernel(static, *_pairs(operands))
     elif form == "xla" and initial_state is None and quadratic_is_shorter(q.shape[1], q.shape[3]):
-        index, document = jnp.arange(q.shape[1])[None], operands.document
-        places = None if document is None else Places(index, index, document + 1, document + 1)
-        pairs = Pairs(*_pairs(operands)[:4], places)
-        y, total = similarity_sums(jnp.square, pairs, scale=scale, precision=precision)
+        pairs = Pairs(*_pairs(operands)[:4], _places(operands.document))
+        options = {"scale": scale, "precision": precision}
+        y, total = similarity_sums(jnp.square, pairs, in_row=True, **options)
     else:
         return _with_state(form, operands, with_total, scale, chunk_size, precision)
     return LinearRead(y.astype(read_dtype(v)), total if with_total else None, None)
@@ -176,6 +175,13 @@ def _pallas_unmet(
 
 
 declare(squared_attention, pallas=_pallas_unmet, xla=None, reference=None)
+
+
+def _places(document: Array | None) -> Places | None:
+    if document is None:
+        return None
+    index = jnp.broadcast_to(jnp.arange(document.shape[1]), document.shape)
+    return Places(index, index, document + 1, document + 1)
 
 
 def _with_state(

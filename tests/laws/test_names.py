@@ -136,7 +136,8 @@ def close(actual: Any, expected: Any) -> None:
     """Compare trees in float64, relative to the largest entry of each array."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         size = float(np.max(np.abs(b), initial=0.0)) or 1.0
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * size)
+        # Some gradients are zero but for rounding, as that of a gate before a norm.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * size + 1e-13)
 
 
 @pytest.fixture(autouse=True)

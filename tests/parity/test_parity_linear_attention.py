@@ -215,9 +215,9 @@ def test_the_kernel_of_squares_has_no_state_and_long_rows_take_chunks():
     state = init_linear_state(1, 2, 10, 5, with_total=False)
     with pytest.raises(KernelUnsupported, match="no state"):
         squared_attention(q, q, v, initial_state=state, implementation="pallas")
-    # Work breaks even at 2 (64 + 136) tokens.
-    assert quadratic_is_shorter(399, 16)
-    assert not quadratic_is_shorter(400, 16)
+    # Work breaks even at 2 (32 + 136) tokens.
+    assert quadratic_is_shorter(335, 16)
+    assert not quadratic_is_shorter(336, 16)
     long = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
     choice = explain("squared_attention", long, long, long)
     assert (choice.implementation, choice.rejected[0].implementation) == ("xla", "pallas")

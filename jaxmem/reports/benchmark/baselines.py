@@ -1,10 +1,16 @@
-"""What people write without a special op: measured beside the implementations."""
+"""What people write without a special op, and single forms of ops that choose between several."""
 
 import warnings
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from jaxmem.ops.attention_terms import cumulative
+from jaxmem.ops.linear_attention import LinearRead, init_linear_state
+from jaxmem.ops.similarity import Pairs, similarity_sums
+from jaxmem.ops.squared_attention import feature_count, squared_attention
+from pallas_kernels.attention import Decay
 
 
 def scan_by_pairs(a: Array, b: Array) -> Array:
@@ -50,6 +56,86 @@ def weighted_average_by_pairs(values: Array, log_weight: Array, log_decay: Array
     decay, weight = (jnp.exp(a.astype(jnp.float32)) for a in (log_decay, log_weight))
     total = scan_by_pairs(jnp.broadcast_to(decay, values.shape), weight * values)
     return (total / scan_by_pairs(decay, weight)).astype(values.dtype)
+
+
+def linear_by_matrix(q: Array, k: Array, v: Array, log_decay: Array | float = 0.0) -> Array:
+    """Linear attention as a product with the matrix of its weights, quadratic in T.
+
+    The form of the authors' kernels; q, k [B T G K], v [B T H V], decays [B T H], [H] or none.
+    """
+    share = v.shape[2] // q.shape[2]
+    q, k = jnp.repeat(q, share, axis=2), jnp.repeat(k, share, axis=2)
+    gates = jnp.broadcast_to(jnp.asarray(log_decay, jnp.float32), v.shape[:3])
+    decays = _decays(jnp.moveaxis(jnp.cumsum(gates, axis=1), 2, 1))
+    weights = jnp.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5 * decays
+    return jnp.einsum("bhij,bjhv->bihv", weights.astype(v.dtype), v)
+
+
+def linear_by_chunks(q: Array, k: Array, v: Array, log_decay: Array, *, chunk_size: int) -> Array:
+    """Linear attention of as many heads of keys as of values, by a checkpointed scan over chunks.
+
+    Nothing but the formula, for rows that chunks divide: no documents, groups, totals or states.
+    """
+    batch, length, heads, width = q.shape
+    size = min(chunk_size, length)
+
+    def cut(a: Array) -> Array:  # [B T H ...] to [N B H C ...]
+        a = a.astype(jnp.float32).reshape(batch, -1, size, *a.shape[2:])
+        return jnp.moveaxis(a, (1, 3), (0, 2))
+
+    @jax.checkpoint
+    def step(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, gates = chunk
+        passed = jnp.cumsum(gates, axis=-1)
+        weights = jnp.einsum("bhik,bhjk->bhij", q, k) * _decays(passed)
+        before = jnp.einsum("bhik,bhkv->bhiv", q, state)
+        y = jnp.einsum("bhij,bhjv->bhiv", weights, v) + jnp.exp(passed)[..., None] * before
+        k = k * jnp.exp(passed[..., -1:] - passed)[..., None]
+        state = jnp.exp(passed[..., -1])[..., None, None] * state
+        return state + jnp.einsum("bhjk,bhjv->bhkv", k, v), y
+
+    start = jnp.zeros((batch, heads, width, v.shape[-1]), jnp.float32)
+    rows = (q * width**-0.5, k, v, log_decay)
+    _, y = lax.scan(step, start, tuple(cut(a) for a in rows))
+    return jnp.moveaxis(y, (0, 3), (1, 2)).reshape(v.shape).astype(v.dtype)
+
+
+def _decays(passed: Array) -> Array:
+    """Return e^{passed_i - passed_j} for i >= j, else 0, of sums [... T]."""
+    seen = jnp.tril(jnp.ones((passed.shape[-1],) * 2, bool))
+    return jnp.exp(jnp.where(seen, passed[..., :, None] - passed[..., None, :], -jnp.inf))
+
+
+def squared_by_pairs(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
+    """Our squared attention over all pairs, whatever the length; normalised."""
+    sums = tuple(jnp.moveaxis(a, 1, 2) for a in cumulative(log_decay.astype(jnp.float32)))
+    pairs = Pairs(q, k, v, Decay(*sums, *sums), None)
+    y, total = similarity_sums(jnp.square, pairs, scale=q.shape[-1] ** -0.5, precision=None, in_row=True)
+    return (y / total[..., None]).astype(v.dtype)
+
+
+def normalised(read: LinearRead) -> Array:
+    """Return the mean of the values from the sums that a call with totals returns."""
+    assert read.total is not None
+    return read.y / read.total[..., None]
+
+
+def squared_by_chunks(q: Array, k: Array, v: Array, log_decay: Array, *, chunk_size: int) -> Array:
+    """Our squared attention in chunks, whatever the length; normalised."""
+    shape = (v.shape[0], v.shape[2], feature_count(q.shape[3]), v.shape[3])
+    read = squared_attention(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        log_decay=log_decay,
+        with_total=True,
+        # With a state it takes chunks.
+        initial_state=init_linear_state(*shape, with_total=True),
+        implementation="xla",
+        chunk_size=chunk_size,
+    )
+    return normalised(read).astype(v.dtype)
 
 
 def jax_attention(q: Array, k: Array, v: Array) -> Array:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +15,9 @@ from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.leaky_average import leaky_average
 from jaxmem.ops.persistent_read import persistent_read
 from jaxmem.ops.weighted_average import weighted_average
-from jaxmem.reports.benchmark import baselines, exact
+from jaxmem.reports.benchmark import baselines, exact, two_mamba_ops
+from jaxmem.reports.benchmark.op import Form, Op, Shape
 from jaxmem.reports.benchmark.work import Work, recurrence, softmax_read
-
-Shape = dict[str, int]
-"""Sizes by their letters (see `jaxmem.shapes`)."""
-Form = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """How an op is measured."""
-
-    name: str
-    draw: Callable[[np.random.Generator, Shape], dict[str, np.ndarray]]
-    """Operands by name, float32, never zeros."""
-    call: Callable[..., Any]
-    """(*operands, implementation=) -> result."""
-    exact: Form
-    work: Callable[[Shape, int], Work]
-    """From the shape and the bytes per element."""
-    shapes: tuple[Shape, ...]
-    small: tuple[Shape, ...]
-    """For a CPU."""
-    baselines: Mapping[str, Form] = dataclasses.field(default_factory=dict)
-    gpu_baselines: Mapping[str, Form] = dataclasses.field(default_factory=dict)
-    """Those that run on a GPU only; they may refuse a call with ImportError or ValueError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +32,15 @@ class Case:
 
     @functools.cached_property
     def operands(self) -> dict[str, jax.Array]:
-        """Operands by name; per-head scalars stay float32."""
+        """Operands by name."""
         drawn = self.op.draw(np.random.default_rng(0), self.shape)
         return {
-            name: jnp.asarray(x, jnp.float32 if x.ndim == 1 else self.dtype)
+            name: jnp.asarray(x, jnp.float32 if self._stays(name, x) else self.dtype)
             for name, x in drawn.items()
         }
+
+    def _stays(self, name: str, x: np.ndarray) -> bool:
+        return x.ndim == 1 or name in self.op.float32
 
     @property
     def work(self) -> Work:
@@ -70,9 +49,11 @@ class Case:
 
     def forms(self) -> tuple[dict[str, Form], dict[str, str]]:
         """Return what can be measured by name, and why the rest cannot."""
+        names = self.op.implementations
+        if names is None:
+            names = dispatch.implementations(self.op.name)
         forms: dict[str, Form] = {
-            name: functools.partial(self.op.call, implementation=name)
-            for name in dispatch.implementations(self.op.name)
+            name: functools.partial(self.op.call, implementation=name) for name in names
         }
         forms |= {**self.op.baselines, **self.op.gpu_baselines}
         refused = {name: why for name, form in forms.items() if (why := self._refusal(name, form))}
@@ -92,22 +73,41 @@ class Case:
         return None
 
 
-def find_op(name: str) -> Op:
-    """Return an op by name.
+def find_op(name: str, variant: str = "") -> Op:
+    """Return a use of an op by names, its main one unless another is asked for.
+
+    Raises:
+      UnknownName: there is no such op, or no such use of it.
+    """
+    uses = {op.variant: op for op in variants(name)}
+    if variant not in uses:
+        raise unknown_name(f"variant of {name}", variant, uses)
+    return uses[variant]
+
+
+def variants(name: str) -> list[Op]:
+    """Return all uses of an op.
 
     Raises:
       UnknownName: there is no such op.
     """
-    ops = {op.name: op for op in OPS}
-    if name not in ops:
-        raise unknown_name("op", name, ops)
-    return ops[name]
+    found = [op for op in OPS if op.name == name]
+    if not found:
+        raise unknown_name("op", name, dict.fromkeys(op.name for op in OPS))
+    return found
 
 
-def suite(dtype: str, *, small: bool) -> list[Case]:
-    """Return all ops at their shapes."""
+def main_uses() -> list[Op]:
+    """Return every op once, in its main use."""
+    return [op for op in OPS if not op.variant]
+
+
+def suite(dtype: str, *, small: bool, ops: Iterable[Op] | None = None) -> list[Case]:
+    """Return ops at their shapes, all of them by default."""
     return [
-        Case(op, shape, dtype, small) for op in OPS for shape in (op.small if small else op.shapes)
+        Case(op, shape, dtype, small)
+        for op in (OPS if ops is None else ops)
+        for shape in (op.small if small else op.shapes)
     ]
 
 
@@ -269,4 +269,5 @@ OPS = (
         ),
         small=({"B": 12, "T": 64, "H": 4, "K": 32, "P": 448, "R": 1},),
     ),
+    *two_mamba_ops.OPS,
 )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmem.reports.benchmark import timing
-from jaxmem.reports.benchmark.cases import Case, Form
+from jaxmem.reports.benchmark.cases import Case
+from jaxmem.reports.benchmark.op import Form
 from jaxmem.reports.benchmark.work import Ceilings, floor_ms
 
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 2e-3}
@@ -32,6 +33,7 @@ def measure_case(case: Case, ceilings: Ceilings, *, budget: float, rounds: int) 
     expected = exact_of(case, cotangent)
     about: Cell = {
         "op": case.op.name,
+        "variant": case.op.variant,
         "shape": case.shape,
         "dtype": case.dtype,
         "small": case.small,

@@ -77,6 +77,91 @@ def persistent_read(q: Array, keys: Array, values: Array, scale: Array) -> Array
     return _by_block(read, q, jnp.arange(q.shape[1]))
 
 
+def linear_attention(q: Array, k: Array, v: Array, log_decay: Array | float = 0.0) -> Array:
+    """q_tᵀ S_t / √K, S_t = e^{g_t} S_{t-1} + k_t v_tᵀ; q, k [B T G K], g [B T H], [H] or 0."""
+    share, length = v.shape[2] // q.shape[2], q.shape[1]
+    gates = jnp.broadcast_to(jnp.asarray(log_decay, v.dtype), v.shape[:3])
+
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v, gate = inputs
+        k, q = jnp.repeat(k, share, axis=1), jnp.repeat(q, share, axis=1)
+        state = jnp.exp(gate)[..., None, None] * state + k[..., None] * v[..., None, :]
+        return state, jnp.einsum("bhk,bhkv->bhv", q, state)
+
+    @jax.checkpoint
+    def block(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        return lax.scan(step, state, inputs)
+
+    size = min(_BLOCK, length)
+
+    def cut(a: Array) -> Array:
+        a = jnp.pad(a, ((0, 0), (0, -length % size), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(a, 1, 0).reshape(-1, size, a.shape[0], *a.shape[2:])
+
+    start = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), v.dtype)
+    y = lax.scan(block, start, tuple(cut(a) for a in (q * q.shape[3] ** -0.5, k, v, gates)))[1]
+    return jnp.moveaxis(y.reshape(-1, *y.shape[2:]), 0, 1)[:, :length]
+
+
+def squared_attention(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
+    """Mean of the values so far with weights (q_i·k_j)² e^{g_{j+1} + ... + g_i}, g [B T H]."""
+    return _similar(jnp.square, q, k, v, log_decay=log_decay, normalised=True)
+
+
+def forgetting_attention(q: Array, k: Array, v: Array, log_forget: Array) -> Array:
+    """Mean of the values so far with weights e^{q_i·k_j / √K + g_{j+1} + ... + g_i}, g [B T H]."""
+    return _similar(jnp.exp, q, k, v, log_decay=log_forget, normalised=True)
+
+
+def gated_softmax(q: Array, k: Array, v: Array, value_gate: Array) -> Array:
+    """Σ_j e^{min(q_i·k_j / √K, 5)} gate_j v_j, divided by the number of tokens so far."""
+
+    def clamped(s: Array) -> Array:
+        return jnp.exp(jnp.where(s > 5.0, 5.0, s))
+
+    y = _similar(clamped, q, k, v * value_gate[..., None], normalised=False)
+    return y / jnp.arange(1, q.shape[1] + 1)[:, None, None]
+
+
+def taylor_attention(q: Array, k: Array, v: Array) -> Array:
+    """Mean of the values so far with weights Σ_{n<80} s^n / n!, s = q_i·k_j / √K."""
+
+    def taylor(s: Array) -> Array:
+        total = jnp.ones_like(s)
+        for n in range(79, 0, -1):
+            total = 1.0 + total * s / n
+        return total
+
+    return _similar(taylor, q, k, v, normalised=True)
+
+
+def _similar(
+    similarity: Callable[[Array], Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    normalised: bool,
+    log_decay: Array | None = None,
+) -> Array:
+    """Σ_{j≤i} w_ij v_j, w_ij = similarity(q_i·k_j / √K) e^{g_{j+1} + ... + g_i}."""
+    places = jnp.arange(q.shape[1])
+    passed = None if log_decay is None else jnp.cumsum(log_decay, axis=1)
+
+    def read(q: Array, at: Array) -> Array:
+        seen = places <= at[:, None]
+        products = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+        weights = similarity(jnp.where(seen, products, 0.0))
+        if passed is not None:
+            apart = passed[:, at, None] - passed[:, None]  # [B t S H]
+            weights *= jnp.exp(jnp.where(seen, jnp.moveaxis(apart, 3, 1), -jnp.inf))
+        weights = jnp.where(seen, weights, 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True) if normalised else 1.0
+        return jnp.einsum("bhts,bshv->bthv", weights / total, v)
+
+    return _by_block(read, q, places)
+
+
 def _by_block(read: Callable[[Array, Array], Array], q: Array, places: Array) -> Array:
     """Read blocks of queries one after another, each computed again in the backward pass."""
     length = q.shape[1]

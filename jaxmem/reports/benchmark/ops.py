@@ -7,7 +7,7 @@ import jax
 
 from jaxmem.errors import ConfigError
 from jaxmem.reports.benchmark import result, timing
-from jaxmem.reports.benchmark.cases import Case, at_lengths, find_op, suite
+from jaxmem.reports.benchmark.cases import Case, at_lengths, suite, variants
 from jaxmem.reports.benchmark.cells import measure_case
 
 LONGEST = 2**20
@@ -15,22 +15,22 @@ LONGEST = 2**20
 
 def run_suite(dtype: str, *, budget: float, rounds: int) -> result.Result:
     """Measure every op at its shapes; at small ones without a GPU."""
-    return _run(suite(dtype, small=_small()), dtype, budget=budget, rounds=rounds)
+    return run_cases(suite(dtype, small=_small()), dtype, budget=budget, rounds=rounds)
 
 
 def run_op(
     name: str, lengths: Sequence[int], dtype: str, *, budget: float, rounds: int
 ) -> result.Result:
-    """Measure an op over lengths, or at its shapes if there are none.
+    """Measure an op, in all its variants, over lengths, or at its shapes if there are none.
 
     Raises:
       UnknownName: there is no such op.
     """
-    op, small = find_op(name), _small()
-    cases = at_lengths(op, lengths, dtype, small=small)
-    if not lengths:
-        cases = [case for case in suite(dtype, small=small) if case.op is op]
-    return _run(cases, dtype, budget=budget, rounds=rounds)
+    uses, small = variants(name), _small()
+    cases = suite(dtype, small=small, ops=uses)
+    if lengths:
+        cases = [case for op in uses for case in at_lengths(op, lengths, dtype, small=small)]
+    return run_cases(cases, dtype, budget=budget, rounds=rounds)
 
 
 def default_dtype() -> str:
@@ -66,12 +66,13 @@ def _small() -> bool:
     return jax.default_backend() != "gpu"
 
 
-def _run(cases: Sequence[Case], dtype: str, *, budget: float, rounds: int) -> result.Result:
+def run_cases(cases: Sequence[Case], dtype: str, *, budget: float, rounds: int) -> result.Result:
+    """Measure the ceilings of the device and these cases."""
     ceilings = timing.measure_ceilings(dtype)
     cells = []
     for number, case in enumerate(cases, 1):
         shape = " ".join(f"{letter}{size}" for letter, size in case.shape.items())
-        print(f"[{number}/{len(cases)}] {case.op.name} {shape} {dtype}", file=sys.stderr)
+        print(f"[{number}/{len(cases)}] {case.op.label} {shape} {dtype}", file=sys.stderr)
         cells += measure_case(case, ceilings, budget=budget, rounds=rounds)
     about = {"kind": "ops", "ceilings": ceilings._asdict() | {"dtype": dtype}}
     return result.environment() | about | {"cells": cells}

@@ -44,6 +44,7 @@ def table(result: Result) -> str:
     """Return the Markdown tables of a result, as read from its JSON."""
     makers = {
         "ops": _ops,
+        "two_mamba": _two_mamba,
         "memory_mosaics": _mosaics,
         "compile_report": _compiled,
         "tune": _tuned,
@@ -76,9 +77,14 @@ def _ops(result: Result) -> str:
     return "\n".join([markdown(columns, rows), "", *notes])
 
 
+def _sizes(shape: Result) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in shape.items())
+
+
 def _op_row(cell: Result) -> list[str]:
-    shape = " ".join(f"{letter}{size}" for letter, size in cell["shape"].items())
-    row = [cell["op"], shape, cell["dtype"], cell["form"]]
+    shape = _sizes(cell["shape"])
+    op = f"{cell['op']}, {cell['variant']}" if cell.get("variant") else cell["op"]
+    row = [op, shape, cell["dtype"], cell["form"]]
     if cell["status"] != "ok":
         return [*row, cell["reason"], *[""] * 6]
     both = cell["forward_backward"]
@@ -86,6 +92,59 @@ def _op_row(cell: Result) -> list[str]:
         row += [f"{timed['ms']:.3g} ± {timed['spread']:.0%}", f"{timed['of_floor']:.0%}"]
     worst = max(cell["errors"].values())
     return [*row, f"{both['compile_s']:.1f}", f"{both['temp_bytes'] / 2**20:.1f}", f"{worst:.0e}"]
+
+
+def _two_mamba(result: Result) -> str:
+    """Lay out the rows of ops, the two forms of the square, and where they cross."""
+    crossover = result["crossover"]
+    lengths = sorted({cell["shape"]["T"] for cell in crossover["cells"]})
+    columns = ["K", "C", "pass", "predicted T", "measured T", *(f"T{t}" for t in lengths)]
+    rows = [
+        _crossover_row(row, field, title, lengths)
+        for row in crossover["rows"]
+        for field, title in (("forward", "forward"), ("forward_backward", "forward+backward"))
+    ]
+    forms = dict.fromkeys(cell["form"] for cell in crossover["cells"])
+    notes = "Chunks of C tokens against all pairs, order 2: time of all pairs / time of chunks."
+    times = markdown(
+        ["shape", *(f"{form} {unit}" for form in forms for unit in ("ms", "error"))],
+        [_form_row(crossover["cells"], shape, list(forms)) for shape in _shapes(crossover)],
+    )
+    text = markdown(columns, rows)
+    return "\n".join([_ops(result), "", notes, "", text, "", "Forward+backward:", "", times])
+
+
+def _shapes(crossover: Result) -> list[Result]:
+    shapes = []
+    for cell in crossover["cells"]:
+        if cell["shape"] not in shapes:
+            shapes.append(cell["shape"])
+    return shapes
+
+
+def _form_row(cells: list[Result], shape: Result, forms: list[str]) -> list[str]:
+    row = [_sizes(shape)]
+    by_form = {cell["form"]: cell for cell in cells if cell["shape"] == shape}
+    for form in forms:
+        cell = by_form[form]
+        if cell["status"] == "ok":
+            both = cell["forward_backward"]
+            row += [f"{both['ms']:.3g} ± {both['spread']:.0%}"]
+            row += [f"{max(cell['errors'].values()):.0e}"]
+        else:
+            row += [cell["reason"], ""]
+    return row
+
+
+def _crossover_row(about: Result, field: str, title: str, lengths: list[int]) -> list[str]:
+    found = about[field]
+    # JSON turns the numbers that are keys into text.
+    gains = {int(t): gain for t, gain in found["gains"].items()}
+    measured = "none" if found["length"] is None else str(found["length"])
+    if found["length"] is not None and found["length"] == min(gains):
+        measured = f"below {measured}"
+    row = [str(about["width"]), str(about["chunk_size"]), title, str(about["predicted"]), measured]
+    return row + [f"{gains[t]:.2f}" if t in gains else "" for t in lengths]
 
 
 def _mosaics(result: Result) -> str:

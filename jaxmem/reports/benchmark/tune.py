@@ -140,14 +140,19 @@ def _seconds(kernel: str, entry: Entry, start: Entry) -> float | None:
 
 
 def draw(operands: Any) -> Any:
-    """Return arrays of the operands' shapes: normal ones, positive per-head scalars, integer 0."""
+    """Return arrays of the operands' shapes: normal ones, positive per-head scalars, integer 0.
+
+    Numbers per token and head are small and negative: as logarithms of gates they sum to decays
+    that neither overflow nor forget everything.
+    """
     draw = np.random.default_rng(0)
 
     def array(shape: jax.ShapeDtypeStruct) -> jax.Array:
         if not jnp.issubdtype(shape.dtype, jnp.floating):
             return jnp.zeros(shape.shape, shape.dtype)
         drawn = draw.normal(size=shape.shape)
-        return jnp.asarray(np.abs(drawn) if len(shape.shape) == 1 else drawn, shape.dtype)
+        signs = {1: np.abs(drawn), 3: -np.abs(drawn) / 16}
+        return jnp.asarray(signs.get(len(shape.shape), drawn), shape.dtype)
 
     return jax.tree.map(array, operands)
 

@@ -71,3 +71,64 @@ def softmax_read(
     product = 2 * rows * columns * width * tables
     moved = row_elements * itemsize
     return Work(Pass(moved, 2 * product), Pass(2 * moved, 5 * product))
+
+
+CHUNK = 64
+"""Tokens per chunk that the work of linear attention is counted at."""
+
+
+def linear_read(
+    tokens: int,
+    heads: int,
+    groups: int,
+    width: int,
+    value_width: int,
+    *,
+    itemsize: int,
+    gates: int,
+) -> Work:
+    """Work of linear attention in chunks of C: a matrix inside, a state (K, V) in between.
+
+    Forward takes 2 C (K + V) + 4 K V FLOPs per token and head, and backward, which makes weights
+    and states again, 2 C (3 K + 2 V) + 10 K V; where heads share queries and keys, these are
+    multiplied once. Forward moves q, k, v and y, backward q, k, v, dy, dq, dk and dv.
+
+    Args:
+      tokens: of all rows.
+      heads: heads of values.
+      groups: heads of queries and keys.
+      width: of keys.
+      value_width: of values.
+      itemsize: bytes per element.
+      gates: float32 numbers per token and head; backward reads them and writes their gradients.
+    """
+    forward = heads * (CHUNK * value_width + 2 * width * value_width) + groups * CHUNK * width
+    backward = heads * (CHUNK * 2 * (width + value_width) + 5 * width * value_width)
+    backward += groups * CHUNK * width
+    keys, values = groups * width * itemsize, heads * value_width * itemsize
+    gate_bytes = 4 * heads * gates
+    return Work(
+        Pass(tokens * (2 * keys + 2 * values + gate_bytes), 2.0 * tokens * forward),
+        Pass(tokens * (4 * keys + 3 * values + 2 * gate_bytes), 2.0 * tokens * backward),
+    )
+
+
+def squared_read(
+    rows: int, length: int, heads: int, width: int, value_width: int, *, itemsize: int, gates: int
+) -> Work:
+    """Work of squared attention in the cheaper of its two forms.
+
+    Over all pairs it is that of a softmax read, half of the pairs being visible; in chunks of C it
+    is that of linear attention with K (K + 1) / 2 features, 2 C (K + V) + 4 F V FLOPs per token and
+    head forward and 2 C (3 K + 2 V) + 10 F V backward. Both move what linear attention does.
+    """
+    tokens = rows * length
+    moved = linear_read(tokens, heads, heads, width, value_width, itemsize=itemsize, gates=gates)
+    state = 2 * (width * (width + 1) // 2) * value_width
+    products = CHUNK * (width + value_width) + state, (length // 2) * (width + value_width)
+    back = CHUNK * (3 * width + 2 * value_width) + 5 * state // 2
+    backward = back, (length // 2) * (3 * width + 2 * value_width)
+    return Work(
+        Pass(moved.forward.bytes, 2.0 * tokens * heads * min(products)),
+        Pass(moved.backward.bytes, 2.0 * tokens * heads * min(backward)),
+    )

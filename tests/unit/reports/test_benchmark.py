@@ -13,7 +13,7 @@ import pytest
 
 import configs
 from experiments import benchmark, cli
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, UnknownName
 from jaxmem.reports.benchmark import (
     baselines,
     cases,
@@ -46,6 +46,12 @@ SLOW = Ceilings(copy=1e9, matmul=1e9)
         ("attention", {"B": 8, "T": 2048, "H": 16, "K": 64}, 87, 217),
         ("attention", {"B": 1, "T": 32768, "H": 16, "K": 64}, 2784, 6959),
         # 2 x 4096 queries x 2688 pairs x (64 + 64) x 12 heads = 33.8 GFLOP; backward 2.5 times.
+        # q, k, v, y of 16.8 M elements and 0.26 M gates of 4 bytes; back 7 tensors, 2 of gates.
+        ("linear_attention", {"B": 8, "T": 2048, "H": 16, "K": 64}, 31.5, 55.1),
+        ("linear_attention", {"B": 1, "T": 8192, "H": 96, "K": 128}, 188, 329),
+        ("squared_attention", {"B": 8, "T": 2048, "H": 16, "K": 64}, 87, 217),
+        # Chunks: 2 (64 x 128 + 2 x 2080 x 64) FLOPs x 0.5 M tokens; back 2 (64 x 320 + 5 ...).
+        ("squared_attention", {"B": 1, "T": 32768, "H": 16, "K": 64}, 364, 911),
         ("persistent_read", {"B": 8, "T": 512, "H": 12, "K": 64, "P": 2688, "R": 1}, 42.8, 107),
     ],
 )
@@ -54,6 +60,15 @@ def test_floors_are_those_computed_by_hand(op: str, shape: Any, forward: float, 
     assert floor_ms(work.forward, H200) * 1e3 == pytest.approx(forward, rel=5e-3)
     assert floor_ms(work.backward, H200) * 1e3 == pytest.approx(backward, rel=5e-3)
     assert work.both.bytes == work.forward.bytes + work.backward.bytes
+
+
+def test_heads_that_share_keys_move_and_multiply_them_once():
+    op = cases.find_op("linear_attention", "Mamba-2")
+    work = op.work({"B": 1, "T": 32768, "H": 128, "G": 1, "K": 128, "V": 64}, 2)
+    # v and y 1.074 GB, q and k 17 MB, gates 17 MB at 4.3 TB/s.
+    assert floor_ms(work.forward, H200) * 1e3 == pytest.approx(257.5, rel=1e-3)
+    # 128 (64 x 384 + 5 x 8192) + 64 x 128, times 2 x 32768, at 790 TFLOP/s.
+    assert floor_ms(work.backward, H200) * 1e3 == pytest.approx(696.6, rel=1e-3)
 
 
 def tiny(**changes: Any) -> cases.Case:
@@ -140,7 +155,7 @@ def test_kernels_are_not_timed_where_they_are_interpreted():
     assert refused["pallas"] == "no GPU here; interpreted kernels are not timed"
 
 
-@pytest.mark.parametrize("op", cases.OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", cases.OPS, ids=lambda op: op.label)
 def test_baselines_and_exact_forms_agree(op: cases.Op):
     shape = {letter: min(size, 4) for letter, size in op.small[0].items()}
     case = cases.Case(op, shape, "float32", small=True)
@@ -163,6 +178,38 @@ def test_lengths(text: str, lengths: list[int]):
 def test_lengths_that_are_none(text: str):
     with pytest.raises(ConfigError, match="is no range of lengths"):
         ops.parse_lengths(text)
+
+
+def test_an_op_is_found_by_its_use():
+    assert cases.find_op("linear_attention").variant == ""
+    assert cases.find_op("linear_attention", "Mamba-2").label == "linear_attention, Mamba-2"
+    assert {op.variant for op in cases.variants("attention")} == {"", "2Mamba-E", "gated softmax"}
+    assert len({op.label for op in cases.OPS}) == len(cases.OPS)
+    names = [op.name for op in cases.main_uses()]
+    assert sorted(names) == sorted({op.name for op in cases.OPS})
+    with pytest.raises(UnknownName, match="variant of linear_attention"):
+        cases.find_op("linear_attention", "Mamba")
+
+
+def test_gates_stay_float32():
+    op = cases.find_op("linear_attention")
+    case = cases.Case(op, {"B": 1, "T": 4, "H": 2, "K": 4}, "bfloat16", small=True)
+    dtypes = {name: x.dtype.name for name, x in case.operands.items()}
+    half = dict.fromkeys(("q", "k", "v"), "bfloat16")
+    assert dtypes == half | {"log_decay": "float32"}
+
+
+def test_every_variant_of_an_op_is_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(timing, "measure_ceilings", lambda _: SLOW)
+    monkeypatch.setattr(ops, "measure_case", lambda case, *_, **__: measured.append(case) or [])
+    ops.run_op("linear_attention", [32, 64], "float32", budget=0.0, rounds=1)
+    found = {(case.op.variant, case.shape["T"]) for case in measured}
+    assert found == {
+        (variant, length)
+        for variant in ("", "no decay", "retention", "Mamba-2")
+        for length in (32, 64)
+    }
 
 
 def test_chained_calls_are_not_optimised_away():
@@ -220,11 +267,12 @@ def test_the_verb_writes_what_it_prints(capsys, tmp_path, monkeypatch):
         ((), "one of --op NAME, --suite NAME, --compile-report and --tune"),
         (("--op", "attention", "--suite", "kernels"), "one of --op NAME"),
         (("--suite", "kernels", "--lengths", "8"), "--lengths is for --op NAME"),
-        (("--op", "atention"), "Did you mean attention?"),
+        (("--op", "atention"), "Did you mean attention"),
         (("--op", "attention", "--lengths", "8:4"), "is no range of lengths"),
         (("--op", "attention", "--rounds", "0"), "--rounds 0 measures nothing"),
+        (("--op", "attention", "--peer-checkout", "x"), "--peer-checkout is for --peers"),
         (("--tune",), "--tune measures kernels on a GPU; this is cpu"),
-        (("--tune", "--op", "atention"), "Did you mean attention?"),
+        (("--tune", "--op", "atention"), "Did you mean attention"),
     ],
 )
 def test_mistakes_of_the_user(capsys, args: tuple[str, ...], message: str):
@@ -384,6 +432,10 @@ def test_operands_for_tuning():
         (jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.uint32)),
     )
     rate, (x, seed) = tune.draw(shapes)
+    gates = tune.draw(jax.ShapeDtypeStruct((2, 512, 4), jnp.float32))
+    decayed = jnp.exp(jnp.sum(gates[:, :64], axis=1))
+    assert float(jnp.max(gates)) < 0
+    assert float(jnp.min(decayed)) > 1e-3
     assert float(jnp.min(rate)) > 0
     assert x.dtype == jnp.bfloat16
     assert float(jnp.min(x)) < 0
