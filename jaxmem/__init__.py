@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from jaxmem.ops.dispatch import explain, use_implementation
     from jaxmem.ops.gated_scan import gated_scan
     from jaxmem.ops.leaky_average import LeakyState, leaky_average
+    from jaxmem.ops.linear_attention import LinearRead, LinearState, linear_attention
     from jaxmem.ops.persistent_read import persistent_read
+    from jaxmem.ops.polynomial_attention import polynomial_attention
+    from jaxmem.ops.rope import rope
+    from jaxmem.ops.squared_attention import squared_attention
     from jaxmem.ops.weighted_average import WeightedState, weighted_average
 
 __version__ = "0.1.0"
@@ -21,6 +25,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Dropout": "jaxmem.ops.attention",
     "LeakyState": "jaxmem.ops.leaky_average",
+    "LinearRead": "jaxmem.ops.linear_attention",
+    "LinearState": "jaxmem.ops.linear_attention",
     "Places": "jaxmem.ops.attention",
     "WeightedState": "jaxmem.ops.weighted_average",
     "attention": "jaxmem.ops.attention",
@@ -28,7 +34,11 @@ _HOMES = {
     "explain": "jaxmem.ops.dispatch",
     "gated_scan": "jaxmem.ops.gated_scan",
     "leaky_average": "jaxmem.ops.leaky_average",
+    "linear_attention": "jaxmem.ops.linear_attention",
     "persistent_read": "jaxmem.ops.persistent_read",
+    "polynomial_attention": "jaxmem.ops.polynomial_attention",
+    "rope": "jaxmem.ops.rope",
+    "squared_attention": "jaxmem.ops.squared_attention",
     "use_implementation": "jaxmem.ops.dispatch",
     "weighted_average": "jaxmem.ops.weighted_average",
 }
@@ -36,6 +46,8 @@ _HOMES = {
 __all__ = [
     "Dropout",
     "LeakyState",
+    "LinearRead",
+    "LinearState",
     "Places",
     "WeightedState",
     "attention",
@@ -43,7 +55,11 @@ __all__ = [
     "explain",
     "gated_scan",
     "leaky_average",
+    "linear_attention",
     "persistent_read",
+    "polynomial_attention",
+    "rope",
+    "squared_attention",
     "use_implementation",
     "weighted_average",
 ]

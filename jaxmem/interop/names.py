@@ -81,7 +81,10 @@ class Origin(NamedTuple):
     def to_original(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """Return the tensors of the original by name."""
         names = self.names(array.shape)
-        parts = array if "{i}" in self.name else np.split(array, len(names), axis=-1)
+        if "{i}" in self.name:
+            parts = array
+        else:
+            parts = [array] if len(names) == 1 else np.split(array, len(names), axis=-1)
         layout = self.layout.to_original
         return {n: np.asarray(layout(a), order="C") for n, a in zip(names, parts, strict=True)}
 

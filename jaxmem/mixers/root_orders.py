@@ -41,21 +41,20 @@ class RootOrdersConfig(MixerConfig):
     parity: ClassVar[str] = "golden: polynomial kernel with shrinking per-order projections"
 
     num_heads: int = 2
-    """Heads; must divide the model width into an even number of channels, whose root is even."""
+    """Heads; must divide the model width into an even number of channels."""
     orders: int = 4
     """Highest power of the products."""
 
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless every order has an even number of channels to turn."""
+        """Raise ConfigError unless there are orders, and heads of an even width."""
         check_heads(dim, self.num_heads, path)
         if self.orders < 1:
             raise ConfigError(f"{path}.orders={self.orders}. Use 1 or more.")
-        for width in _widths(dim // self.num_heads, self.orders):
-            if width % 2:
-                raise ConfigError(
-                    f"{path}: an order has {width} channels, which rope cannot turn in pairs. "
-                    "Use an even head width whose root, rounded down, is even too: 16 or 64."
-                )
+        if (dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"{path}.num_heads={self.num_heads} makes heads of {dim // self.num_heads} "
+                "channels, which rope cannot turn in pairs. Use an even head width."
+            )
 
 
 class RootOrdersState(NamedTuple):
@@ -69,8 +68,8 @@ class RootOrdersState(NamedTuple):
 class RootOrders(Mixer):
     """o_t = RMSNorm(Σ_{j≤t} (1 + Σ_i (R q_t A_i · R k_j B_i)^i / i!) v_j), R the rotary positions.
 
-    A_i and B_i map a head's K channels to K for i = 1 and to floor(sqrt(K)) above, alike for all
-    heads.
+    A_i and B_i map a head's K channels to K for i = 1 and to floor(sqrt(K)) above, made even, alike
+    for all heads.
 
     Reference: upstream's polynomial kernel with root-sized orders.
     """
@@ -148,8 +147,9 @@ class RootOrders(Mixer):
 
 
 def _widths(width: int, orders: int) -> list[int]:
-    """Return the channels of each order."""
-    return [width, *([math.isqrt(width)] * (orders - 1))]
+    """Return the channels of each order, an even number, for rope turns them in pairs."""
+    root = max(2, math.isqrt(width) // 2 * 2)
+    return [width, *([root] * (orders - 1))]
 
 
 def _order(number: int) -> Array:

@@ -110,7 +110,9 @@ def squared_by_pairs(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
     """Our squared attention over all pairs, whatever the length; normalised."""
     sums = tuple(jnp.moveaxis(a, 1, 2) for a in cumulative(log_decay.astype(jnp.float32)))
     pairs = Pairs(q, k, v, Decay(*sums, *sums), None)
-    y, total = similarity_sums(jnp.square, pairs, scale=q.shape[-1] ** -0.5, precision=None, in_row=True)
+    y, total = similarity_sums(
+        jnp.square, pairs, scale=q.shape[-1] ** -0.5, precision=None, in_row=True
+    )
     return (y / total[..., None]).astype(v.dtype)
 
 

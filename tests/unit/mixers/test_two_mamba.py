@@ -81,7 +81,7 @@ def test_rows_that_make_no_sense(
         (Mamba2Config(head_dim=5), "ssm_dim=12 is not a multiple of head_dim=5"),
         (Mamba2Config(head_dim=8, ssm_dim=16), "ssm_dim=16 is not a multiple"),
         (Mamba2Config(head_dim=4, state_dim=0), "state_dim=0"),
-        (RootOrdersConfig(num_heads=1), "an order has 3 channels"),
+        (RootOrdersConfig(num_heads=4), "heads of 3 channels"),
         (RootOrdersConfig(num_heads=1, orders=0), "orders=0"),
         (SoftmaxStateConfig(num_heads=4), "heads of 3 channels"),
     ],

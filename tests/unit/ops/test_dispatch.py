@@ -23,7 +23,9 @@ from jaxmem.ops.dispatch import (
 )
 from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.leaky_average import init_leaky_state, leaky_average
+from jaxmem.ops.linear_attention import init_linear_state, linear_attention
 from jaxmem.ops.persistent_read import persistent_read
+from jaxmem.ops.squared_attention import squared_attention
 from jaxmem.ops.weighted_average import init_weighted_state, weighted_average
 from pallas_kernels._compat import stand_in_gpu
 
@@ -31,6 +33,7 @@ X = jnp.ones((2, 5, 2, 16))
 FLAT = jnp.ones((2, 5, 16))
 TABLE = jnp.ones((1, 2, 7, 16))
 IDS = jnp.ones((2, 5), jnp.int32)
+LINEAR_STATE = init_linear_state(2, 2, 16, 16, with_total=False)
 DROPOUT = Dropout(0.1, jax.random.key(0))
 CALLS: dict[str, list[tuple[Any, tuple, dict[str, Any]]]] = {
     "attention": [
@@ -54,9 +57,21 @@ CALLS: dict[str, list[tuple[Any, tuple, dict[str, Any]]]] = {
             },
         ),
     ],
+    "linear_attention": [
+        (linear_attention, (X, X, X), {"with_total": True}),
+        (
+            linear_attention,
+            (X, X, X),
+            {"log_decay": -X[..., 0], "initial_state": LINEAR_STATE, "segment_ids": IDS},
+        ),
+    ],
     "persistent_read": [
         (persistent_read, (X, TABLE, TABLE), {"scale": 0.5}),
         (persistent_read, (X, TABLE, TABLE), {"scale": jnp.ones(2), "dropout": DROPOUT}),
+    ],
+    "squared_attention": [
+        (squared_attention, (X, X, X), {"with_total": True}),
+        (squared_attention, (X, X, X), {"log_decay": -X[..., 0], "segment_ids": IDS}),
     ],
     "weighted_average": [
         (weighted_average, (X, X, -X), {"bonus": jnp.ones((2, 16))}),
@@ -222,7 +237,7 @@ def test_only_names_of_every_op_can_replace_auto(
 def test_explain_all_has_one_line_per_op():
     lines = explain_all()
     named = [line.partition(":")[0] for line in lines]
-    assert named == sorted(OPS)
+    assert named == sorted([*OPS, "polynomial_attention"])  # which has no kernel
     pairs = zip(named, lines, strict=True)
     assert all(line.startswith(f"{op}: xla first, a call may differ (") for op, line in pairs)
 
