@@ -4,7 +4,7 @@ Reference: Dao and Gu 2024 (arXiv 2405.21060); the baseline of 2Mamba2Furious (a
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +140,9 @@ class Mamba2(Mixer):
         implementation: Implementation,
     ) -> MixerOutput:
         """Run a row of tokens."""
-        before = None if state is None else state.segment
-        ids = segment_ids if state is None else continued(segment_ids, before, x.shape[1])
-        options = {"segment_ids": ids, "initial_segment": before}
+        before: Any = None if state is None else state.segment
+        ids: Any = segment_ids if state is None else continued(segment_ids, before, x.shape[1])
+        options: dict[str, Any] = {"segment_ids": ids, "initial_segment": before}
         parts = self._split(self.input(x))
         history = None if state is None else state.conv
         mixed, history = self.short_conv(parts.inner, history, **options)
@@ -150,7 +150,7 @@ class Mamba2(Mixer):
         v, k, q = jnp.split(jax.nn.silu(mixed), (inner, inner + states), axis=-1)
         dt = jax.nn.softplus(at_least_float32(parts.dt) + self.dt_bias[...])
         values = split_heads(v, dt.shape[-1])
-        read = linear_attention(
+        read: Any = linear_attention(
             q[:, :, None],
             k[:, :, None],
             values * dt[..., None].astype(v.dtype),

@@ -7,7 +7,7 @@ Reference: upstream `softmax_seq` and `softmax_seq2` of 2Mamba2Furious (arXiv 25
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ class SoftmaxState(Mixer):
         if self.norm is None:
             y, sums = _read_states(q, k, v, count, row, start)
         else:
-            read = linear_attention(
+            read: Any = linear_attention(
                 q,
                 k,
                 v,

@@ -14,7 +14,7 @@ Reference: Mongaras and Larson 2025, "On the Expressiveness of Softmax Attention
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from jaxtyping import Float
 from jaxmem.errors import ConfigError
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
 from jaxmem.nn import cache
-from jaxmem.nn.cache import KeyValueCache
 from jaxmem.nn.decays import GROWING, Decay, DecayKind, step_biases
 from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init, uniform
@@ -214,14 +213,15 @@ class TwoMambaState(NamedTuple):
     """What the tokens to come need of those before; None where this row of the grammar does not."""
 
     sums: LinearState | None
-    cache: KeyValueCache | None
+    cache: Any
+    """A `KeyValueCache`."""
     conv: History | None
     """The last queries, keys and values before the convolution."""
     lagged: History | None
     """The decay that counts from the next token on."""
     gate_sum: Float[Array, "B H"] | None
     """Σ e^gate so far."""
-    excess: Float[Array, "B H"] | None
+    excess: Any
     """Growth so far (`bounded_decay`)."""
     last: Last
 
@@ -264,13 +264,13 @@ class TwoMamba(Mixer):
         self.dt_bias = nnx.Param(step_biases(rngs.params(), heads)) if config.dt_bias else None
         self.decay = _decay(config, dim, init, rngs)
         self.key_gate = Linear(dim, heads, **gate) if config.key_gate == "sigmoid" else None
-        self.out_gate = Linear(dim, heads, **gate) if _has_head_gate(config) else None
+        self.out_gate: Any = Linear(dim, heads, **gate) if _has_head_gate(config) else None
         self.z = Linear(dim, dim, **gate) if config.out_gate == "z" else None
         self.skip = nnx.Param(jnp.ones((heads, width))) if config.skip else None
-        self.norm = _norm(config, dim)
+        self.norm: Any = _norm(config, dim)
         powers = "count_pow" in (config.denominator, config.key_gate)
-        self.exponent = nnx.Param(jnp.full((heads,), 0.5)) if powers else None
-        self.coefficients = _coefficients(config)
+        self.exponent: Any = nnx.Param(jnp.full((heads,), 0.5)) if powers else None
+        self.coefficients: Any = _coefficients(config)
 
     def init_state(
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
@@ -357,14 +357,15 @@ class TwoMamba(Mixer):
             return None, state
         log_decay = self.decay(x, dt)
         if self.config.decay == "lagged":
-            before = jnp.zeros_like(log_decay[:, :1]) if state is None else state.lagged
+            start = jnp.zeros_like(log_decay[:, :1])
+            before: Any = start if state is None else state.lagged
             (log_decay, _), after = delays(log_decay, before, row.ids, row.before)
             state = state if state is None else state._replace(lagged=after)
         if row.spans is not None:
             log_decay = jnp.where(row.spans.valid[..., None], log_decay, 0.0)
         return log_decay, state
 
-    def _discretised(self, v: Queries, dt: Array | None) -> Queries:
+    def _discretised(self, v: Queries, dt: Any) -> Queries:
         form = self.config.value
         if form == "none":
             return v
@@ -380,8 +381,8 @@ class TwoMamba(Mixer):
 
         def turn(a: Queries) -> Queries:
             positions = jnp.broadcast_to(row.positions, a.shape[:2])
-            options = {"theta": config.rope_theta, "position_dtype": config.rope_positions}
-            return rope(a, positions, layout=config.rope, **options)
+            options: dict[str, Any] = {"theta": config.rope_theta, "layout": config.rope}
+            return rope(a, positions, position_dtype=config.rope_positions, **options)
 
         if config.rope == "half":
             q, k = turn(q), turn(k)
@@ -436,7 +437,7 @@ class TwoMamba(Mixer):
         if kind != "gate_sum":
             return None, state
         gates = jnp.exp(at_least_float32(self.out_gate(x)))
-        options = {"segment_ids": row.ids, "initial_segment": row.before}
+        options: dict[str, Any] = {"segment_ids": row.ids, "initial_segment": row.before}
         start = None if state is None else state.gate_sum
         sums, end = gated_scan(gates, jnp.zeros_like(gates), initial_state=start, **options)
         state = state if state is None else state._replace(gate_sum=end)
@@ -544,7 +545,7 @@ class TwoMamba(Mixer):
         return config.has_state and config.sums_weights and config.decay in GROWING
 
     def _bounded(
-        self, k: Queries, log_decay: Array, row: Row, state: TwoMambaState | None
+        self, k: Queries, log_decay: Any, row: Row, state: TwoMambaState | None
     ) -> tuple[Queries, Array, TwoMambaState | None]:
         """Return keys and decays that give the same shares and never grow."""
         start = jnp.zeros_like(log_decay[:, 0]) if state is None else state.excess
@@ -555,7 +556,7 @@ class TwoMamba(Mixer):
         state = state if state is None else state._replace(excess=excess[:, -1])
         return k, log_decay, state
 
-    def _divided(self, y: Array, total: Array | None, denominator: Array | None) -> Scaled:
+    def _divided(self, y: Array, total: Any, denominator: Any) -> Scaled:
         """Return y over the denominator; 0 where both are 0."""
         config = self.config
         y = at_least_float32(y)
@@ -576,14 +577,11 @@ class TwoMamba(Mixer):
         config = self.config
         if self.skip is not None:
             read = scaled(value(read) + self.skip[...] * at_least_float32(v))
-        gate = None
-        if self.out_gate is not None and config.denominator != "gate_sum":
-            raw = at_least_float32(self.out_gate(x))[..., None]
-            gate = jnp.exp(-raw) if config.out_gate == "pre_exp" else jax.nn.sigmoid(raw)
+        gate = self._output_gate(x)
         if gate is not None and config.out_gate != "post":
             read = read._replace(x=read.x * gate)
         y = self._normed(read)
-        if config.out_gate in ("post", "both"):
+        if gate is not None and config.out_gate in ("post", "both"):
             y = y * gate
         y = merge_heads(y)
         if self.z is not None:
@@ -591,6 +589,13 @@ class TwoMamba(Mixer):
         if config.norm == "rms_all":
             y = rms_norm(y, self.norm.weight[...], eps=config.norm_eps)
         return self.out(y.astype(x.dtype))
+
+    def _output_gate(self, x: Activations) -> Any:
+        """Return the factors per head of the output [B T H 1], or None."""
+        if self.out_gate is None or self.config.denominator == "gate_sum":
+            return None
+        raw = at_least_float32(self.out_gate(x))[..., None]
+        return jnp.exp(-raw) if self.config.out_gate == "pre_exp" else jax.nn.sigmoid(raw)
 
     def _normed(self, read: Scaled) -> Array:
         """Return each head's output, normalised."""

@@ -1,6 +1,6 @@
 """Per-row append-only buffers, the storage of attention-like states."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -106,7 +106,7 @@ def stored(
     values: Values,
     segment_ids: SegmentIds,
     rows: Spans,
-    log_decay: Float[Array, "B T H"] | None = None,
+    log_decay: Any = None,
 ) -> tuple[KeyValueCache, Places]:
     """Append tokens to a cache, and say where they and all others stand."""
     start, valid = cache.length, rows.valid

@@ -1,7 +1,7 @@
 """Log decays per token and head, as gated linear layers compute them from their input."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +47,12 @@ class Decay(nnx.Module):
         steps = kind == "discretize"
         self.log_rate = nnx.Param(log_rates(rngs.params(), heads)) if steps else None
         bias = kind == "lagged"
-        plain = {"use_bias": bias, "init": init.weight, "rngs": rngs}
+        plain: dict[str, Any] = {"use_bias": bias, "init": init.weight, "rngs": rngs}
         plain["bias_init"] = uniform(1.0 / math.sqrt(dim)) if bias else None
-        self.projection = None if steps else Linear(dim, heads, **plain)
+        self.projection: Any = None if steps else Linear(dim, heads, **plain)
 
-    def __call__(self, x: Activations, dt: PerHead | None) -> PerHead:
-        """Return log decays in float32 or wider."""
+    def __call__(self, x: Activations, dt: Any) -> PerHead:
+        """Return log decays in float32 or wider; `dt` [B T H] is None where the kind has none."""
         if self.log_rate is not None:
             return -jnp.exp(self.log_rate[...]) * dt
         u = at_least_float32(self.projection(x))

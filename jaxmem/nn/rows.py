@@ -1,6 +1,6 @@
 """Where the tokens of a call stand: documents, counts and positions, continued from a state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from jaxmem.nn import cache
 from jaxmem.ops.attention import Places
-from jaxmem.ops.segments import Spans, last_real, positions_in_segment, spans
+from jaxmem.ops.segments import last_real, positions_in_segment, spans
 from jaxmem.shapes import RowInts, SegmentIds
 
 
@@ -24,11 +24,12 @@ class Last(NamedTuple):
 class Row(NamedTuple):
     """Where the tokens of a call stand."""
 
-    ids: SegmentIds | None
-    """Documents; None: one row of one document each, and no state."""
-    before: RowInts | None
-    """Document of the state."""
-    spans: Spans | None
+    ids: Any
+    """Document of each token (`SegmentIds`); None: rows of one document each, and no state."""
+    before: Any
+    """Document of the state (`RowInts`); None: no state."""
+    spans: Any
+    """What `jaxmem.ops.segments.spans` says of the documents; None like them."""
     count: Int[Array, "#B T"]
     """Tokens of each token's document up to itself; 1 where there are none, in padding."""
     positions: Int[Array, "#B T"]
@@ -47,7 +48,7 @@ def row_of(
         index = jnp.arange(length)[None]
         return Row(None, None, None, index + 1, index if positions is None else positions)
     before = None if last is None else last.segment
-    ids = segment_ids if last is None else cache.continued(segment_ids, last.segment, length)
+    ids: Any = segment_ids if before is None else cache.continued(segment_ids, before, length)
     rows = spans(ids, before)
     place = positions_in_segment(rows, None if last is None else last.place)
     # Before the first real token of a row padding sees nothing; 1 keeps logarithms finite.

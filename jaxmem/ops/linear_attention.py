@@ -112,8 +112,10 @@ def linear_attention(
     form = resolve("linear_attention", implementation, q, k, v, config=config)
     start = operands.state
     if start is None:
-        shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        start = init_linear_state(*shape, with_total=with_total, dtype=operands.wide)
+        batch, heads = v.shape[0], v.shape[2]
+        start = init_linear_state(
+            batch, heads, q.shape[3], v.shape[3], with_total=with_total, dtype=operands.wide
+        )
     if form == "reference":
         y, total, state = linear_reference.run(operands, start, lambda x: x, scale)
     elif form == "xla":
@@ -121,7 +123,8 @@ def linear_attention(
         y, total, state = linear_chunks.run(operands, start, walk)
     else:
         static = _Static(scale, precision, config, interpreted(interpret))
-        y, total, state = _kernel(static, operands._replace(state=start))
+        found: Any = _kernel(static, operands._replace(state=start))
+        y, total, state = found
     after = None if initial_state is None else state
     return LinearRead(y.astype(read_dtype(v)), total, after)
 
@@ -151,7 +154,8 @@ def _kernel(static: _Static, operands: Operands) -> tuple[Array, Array | None, L
 def _kernel_forward(static: _Static, operands: Operands) -> tuple[tuple, Operands]:
     run = functools.partial(kernels.linear_forward, **static.options)
     q, k, v, gates, document, state = operands
-    y, total, *ends = first_order("linear_attention", run)(q, k, v, gates, document, *state)
+    found: Any = first_order("linear_attention", run)(q, k, v, gates, document, *state)
+    y, total, *ends = found
     return (y, total, LinearState(*ends)), operands
 
 
@@ -160,7 +164,8 @@ def _kernel_backward(static: _Static, operands: Operands, grads: tuple) -> tuple
     q, k, v, gates, document, state = operands
     dy, dtotal, dstate = grads
     all_operands = (q, k, v, gates, document, *state, dy, dtotal, *dstate)
-    dq, dk, dv, dgates, *dstart = first_order("linear_attention", run)(*all_operands)
+    found: Any = first_order("linear_attention", run)(*all_operands)
+    dq, dk, dv, dgates, *dstart = found
     return (Operands(dq, dk, dv, dgates, None, LinearState(*dstart)),)
 
 

@@ -56,7 +56,8 @@ class Operands(NamedTuple):
     document: Array | None
     """Number of the token's document, [B T] int32: 0 continues the state; padding the one before
     it."""
-    state: LinearState | None
+    state: Any
+    """A `LinearState`, or None."""
 
     @property
     def wide(self) -> Any:

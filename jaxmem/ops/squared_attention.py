@@ -140,7 +140,8 @@ def squared_attention(
     form = resolve("squared_attention", implementation, q, k, v, **options)
     if form == "pallas":
         static = _Static(scale, precision, config, interpreted(interpret))
-        y, total = _kernel(static, *_pairs(operands))
+        found: Any = _kernel(static, *_pairs(operands))
+        y, total = found
     elif form == "xla" and initial_state is None and quadratic_is_shorter(q.shape[1], q.shape[3]):
         pairs = Pairs(*_pairs(operands)[:4], _places(operands.document))
         options = {"scale": scale, "precision": precision}
@@ -251,7 +252,8 @@ def _kernel_forward(static: _Static, *operands: Any) -> tuple[tuple[Array, Array
 def _kernel_backward(static: _Static, rows: _Rows, grads: tuple[Array, Array]) -> tuple:
     run = functools.partial(kernels.squared_backward, **static._asdict())
     operands = (*rows, *grads)
-    dq, dk, dv, at_queries, at_keys = first_order("squared_attention", run)(*operands)
+    gradients: Any = first_order("squared_attention", run)(*operands)
+    dq, dk, dv, at_queries, at_keys = gradients
     decay = None
     if rows.decay is not None:
         rest = jnp.zeros_like(at_queries)

@@ -43,7 +43,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 3, "min_lag": 2, "max_lag": 4},
     ),
     "mamba2": ("mamba2", {"head_dim": 8, "state_dim": 4, "conv": 3}),
-    "mamba2-one_head": ("mamba2", {"head_dim": 8, "ssm_dim": 8, "state_dim": 4}),
     "softmax_state-output": ("softmax_state", {"of": "output"}),
     # The default divides by a sum of squares: where these are small, features have few digits of
     # float32. It is tried in float64, with all other names, in test_published_names.py; and so is
@@ -62,7 +61,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "two_mamba",
         attention_types.fields("linear_cosine", "attention"),
     ),
-    "two_mamba-e": ("two_mamba", attention_types.fields("2mamba_e")),
 }
 """Configurations that take other paths than the defaults: further ones, or in place of them."""
 
