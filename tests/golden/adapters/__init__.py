@@ -53,7 +53,7 @@ class Golden:
 def cast(arrays: Mapping[str, np.ndarray], dtype: np.dtype) -> dict[str, jax.Array]:
     """Move arrays to the device, floating-point ones in `dtype`, indices as they are."""
     return {
-        name: jax.numpy.asarray(a, dtype if np.issubdtype(a.dtype, np.floating) else a.dtype)
+        name: jax.numpy.asarray(a, dtype if np.issubdtype(a.dtype, np.floating) else None)
         for name, a in arrays.items()
     }
 
