@@ -36,7 +36,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Estimate(mean, None, 1)
-    from scipy.special import stdtrit  # SciPy comes with JAX
+    from scipy.special import stdtrit
 
     quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
     return Estimate(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
