@@ -3,7 +3,7 @@
 Source: the mechanism behind 2Mamba2Furious (arXiv 2602.17363): order 2 and exp recall what order 1
 cannot hold. A layer of two heads of 16 has 512 numbers of state (order 1) or 4352 (order 2), one of
 four heads of 8 has 256 or 1152.
-Time: about 30 min on 2 CPU cores
+Time: not measured; 48 runs of the presets' length
 """
 
 from jaxmem.reports.sweep_suite import Cell, Suite

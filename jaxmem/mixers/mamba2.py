@@ -84,7 +84,9 @@ class _Parts(NamedTuple):
 
 @register("mamba2", Mamba2Config)
 class Mamba2(Mixer):
-    """S_t = e^{-a dt_t} S_{t-1} + B_t (dt_t x_t)ᵀ,  y_t = C_tᵀ S_t + D x_t, norm(y silu(z)), W_o.
+    """Mamba-2: state-space heads behind a short convolution, beside a gated MLP.
+
+    S_t = e^{-a dt_t} S_{t-1} + B_t (dt_t x_t)ᵀ,  y_t = C_tᵀ S_t + D x_t, norm(y silu(z)), W_o.
 
     x, B and C are a short convolution of projections, through silu; B and C are one pair for all
     heads. Channels beyond `ssm_dim` are a gated MLP, silu(g) v.

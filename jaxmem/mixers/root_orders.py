@@ -66,7 +66,9 @@ class RootOrdersState(NamedTuple):
 
 @register("root_orders", RootOrdersConfig)
 class RootOrders(Mixer):
-    """o_t = RMSNorm(Σ_{j≤t} (1 + Σ_i (R q_t A_i · R k_j B_i)^i / i!) v_j), R the rotary positions.
+    """Taylor's sum of attention, with fewer channels for higher orders.
+
+    o_t = RMSNorm(Σ_{j≤t} (1 + Σ_i (R q_t A_i · R k_j B_i)^i / i!) v_j), R the rotary positions.
 
     A_i and B_i map a head's K channels to K for i = 1 and to floor(sqrt(K)) above, made even, alike
     for all heads.

@@ -66,7 +66,9 @@ class SoftmaxStateState(NamedTuple):
 
 @register("softmax_state", SoftmaxStateConfig)
 class SoftmaxState(Mixer):
-    """M_t = (1/n_t) Σ_{j≤t} k_j v_jᵀ, read through a softmax or followed by an exponential.
+    """A softmax of a linear attention's state, or an exponential of its output.
+
+    M_t = (1/n_t) Σ_{j≤t} k_j v_jᵀ
 
     state: o_t[v] = Σ_c q_t[c] softmax_c(M_t[c, v]); output: RMSNorm(e^min(q_tᵀ M_t / sqrt(K), 5))
 

@@ -31,7 +31,7 @@ from jaxmem.nn.heads import check_heads, merge_heads, split_heads
 from jaxmem.nn.init import Init, uniform
 from jaxmem.nn.layers import LayerNorm, Linear, RMSNorm
 from jaxmem.nn.rows import Last, Row, after, init_last, places_in_row, row_of
-from jaxmem.nn.scaled import Scaled, l2_normed, layer_normed, rms_normed, scaled, value
+from jaxmem.nn.scaled import L2_FLOOR, Scaled, l2_normed, layer_normed, rms_normed, scaled, value
 from jaxmem.nn.short_conv import ShortConv
 from jaxmem.nn.window import History, delays
 from jaxmem.ops.attention import Places, attention, attention_with_lse
@@ -48,7 +48,6 @@ from jaxmem.shapes import Activations, Queries, SegmentIds
 
 EPS32 = float(jnp.finfo(jnp.float32).eps)
 """The epsilon that upstream's root-mean-square norms have when none is set."""
-L2_FLOOR = 1e-12
 
 Feature = Literal["id", "relu", "silu", "elu1", "l2", "l2_heads"]
 Rope = Literal["none", "half", "pairs"]
@@ -380,7 +379,9 @@ class TwoMamba(Mixer):
         config = self.config
 
         def turn(a: Queries) -> Queries:
-            positions = jnp.broadcast_to(row.positions, a.shape[:2])
+            # Angles of one row serve all.
+            one = row.positions.shape[0] == 1
+            positions = row.positions[0] if one else row.positions
             options: dict[str, Any] = {"theta": config.rope_theta, "layout": config.rope}
             return rope(a, positions, position_dtype=config.rope_positions, **options)
 
@@ -408,7 +409,7 @@ class TwoMamba(Mixer):
         implementation: Implementation,
     ) -> tuple[Scaled, TwoMambaState | None]:
         """Return weighted sums of values over their denominator, and the state after."""
-        denominator, state = self._denominator(x, row, state)
+        denominator, state = self._denominator(x, row, state, implementation)
         if self.config.has_state:
             return self._read_state(heads, denominator, row, state, implementation)
         if state is None:
@@ -426,7 +427,11 @@ class TwoMamba(Mixer):
         return self._read_series(heads, gate, denominator, places, implementation), state
 
     def _denominator(
-        self, x: Activations, row: Row, state: TwoMambaState | None
+        self,
+        x: Activations,
+        row: Row,
+        state: TwoMambaState | None,
+        implementation: Implementation,
     ) -> tuple[Array | None, TwoMambaState | None]:
         """Return a denominator that does not depend on the weights [B|1 T H|1], or None."""
         kind = self.config.denominator
@@ -438,6 +443,7 @@ class TwoMamba(Mixer):
             return None, state
         gates = jnp.exp(at_least_float32(self.out_gate(x)))
         options: dict[str, Any] = {"segment_ids": row.ids, "initial_segment": row.before}
+        options["implementation"] = implementation
         start = None if state is None else state.gate_sum
         sums, end = gated_scan(gates, jnp.zeros_like(gates), initial_state=start, **options)
         state = state if state is None else state._replace(gate_sum=end)

@@ -78,7 +78,7 @@ def linear_attention(
         is not written and decays nothing; it reads what the last real token before it could read.
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
       implementation: `reference` is one step of a `lax.scan` per token, `xla` a scan over chunks,
-        `pallas` one kernel forward and two walks backward.
+        `pallas` one walk forward and three backward.
       chunk_size: tokens per chunk of `xla`; speed and memory only. None: 32.
       precision: of the matrix products; None: JAX's default.
       config: launch configuration of the kernels; None: that of the tables.
@@ -140,11 +140,6 @@ class _Static(NamedTuple):
     config: LinearAttentionConfig | None
     interpret: bool
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the kernels."""
-        return self._asdict()
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(static: _Static, operands: Operands) -> tuple[Array, Array | None, LinearState]:
@@ -152,7 +147,7 @@ def _kernel(static: _Static, operands: Operands) -> tuple[Array, Array | None, L
 
 
 def _kernel_forward(static: _Static, operands: Operands) -> tuple[tuple, Operands]:
-    run = functools.partial(kernels.linear_forward, **static.options)
+    run = functools.partial(kernels.linear_forward, **static._asdict())
     q, k, v, gates, document, state = operands
     found: Any = first_order("linear_attention", run)(q, k, v, gates, document, *state)
     y, total, *ends = found
@@ -160,7 +155,7 @@ def _kernel_forward(static: _Static, operands: Operands) -> tuple[tuple, Operand
 
 
 def _kernel_backward(static: _Static, operands: Operands, grads: tuple) -> tuple[Operands]:
-    run = functools.partial(kernels.linear_backward, **static.options)
+    run = functools.partial(kernels.linear_backward, **static._asdict())
     q, k, v, gates, document, state = operands
     dy, dtotal, dstate = grads
     all_operands = (q, k, v, gates, document, *state, dy, dtotal, *dstate)

@@ -57,13 +57,14 @@ def feature_count(width: int) -> int:
     return width * (width + 1) // 2
 
 
-def quadratic_is_shorter(length: int, width: int, chunk_size: int = CHUNK) -> bool:
+def quadratic_is_shorter(length: int, width: int) -> bool:
     """Return whether all pairs of tokens cost less than the state of chunks does.
 
-    Pairs cost 2 T K V FLOPs per token, the chunked form 2 C K V + 2 K (K + 1) K V, so that they
-    break even at T = 2 (C + K (K + 1) / 2) at K = V, counting half of the pairs as invisible.
+    Pairs cost T (K + V) FLOPs per token and head, for those that are invisible are left out; chunks
+    cost 2 C (K + V) + 4 F V with F = K (K + 1) / 2 features. At K = V they break even at
+    T = 2 (C + F).
     """
-    return length < 2 * (chunk_size + feature_count(width))
+    return length < 2 * (CHUNK + feature_count(width))
 
 
 def squared_attention(
@@ -87,7 +88,7 @@ def squared_attention(
 
     S_t = e^{g_t} S_{t-1} + φ(k_t) v_tᵀ,  y_t = φ(scale q_t)ᵀ S_t,  with `squared_features` φ
 
-    y / total is 2Mamba's row-normalised form. Cost, per token and head: 2 T (K + V) FLOPs forward
+    y / total is 2Mamba's row-normalised form. Cost, per token and head: T (K + V) FLOPs forward
     over all pairs, or 2 C (K + V) + 2 K (K + 1) V in chunks of C, and about 2.5 times that
     backward.
 

@@ -77,5 +77,7 @@ def test_trains_and_decodes(name: str):
     losses, decoded, whole = program(start)
     assert bool(jnp.all(jnp.isfinite(losses)))
     assert float(losses[STEPS]) < float(losses[0])
-    # Token by token as all at once; squares of nearly perpendicular vectors cost digits.
-    np.testing.assert_allclose(decoded, whole, rtol=0, atol=2e-4)
+    # Token by token as all at once, mostly to 3e-7 (logits reach 0.4); an l2 norm of few weights
+    # loses a digit, and shares of squares, where they come from features, two: 2.8e-5.
+    few = name.startswith("mamba-squared__sm_norm")
+    np.testing.assert_allclose(decoded, whole, rtol=0, atol=1e-4 if few else 2e-5)

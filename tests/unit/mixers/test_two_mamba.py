@@ -140,8 +140,8 @@ def test_normalised_squares_do_not_see_the_size_of_queries(x: jax.Array):
     queries = slice(0, DIM)
     mixer.short_conv.kernel[...] = mixer.short_conv.kernel[...].at[:, queries].multiply(100.0)
     mixer.short_conv.bias[...] = mixer.short_conv.bias[...].at[queries].multiply(100.0)
-    # Float32 keeps 4 digits of a sum of squares of nearly perpendicular vectors.
-    np.testing.assert_allclose(run(mixer, x), y, rtol=0, atol=1e-3 * float(jnp.max(jnp.abs(y))))
+    # All pairs, so that what is small is computed from small numbers. Measured 5e-6 here.
+    np.testing.assert_allclose(run(mixer, x), y, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(y))))
 
 
 def test_complete_forgetting_leaves_each_token_its_value(x: jax.Array):
@@ -246,12 +246,23 @@ def test_long_growth_stays_finite(decay: str):
         assert bool(jnp.all(jnp.isfinite(y)))
 
 
-@pytest.mark.parametrize("name", ["gated_softmax", "softmax_gate", "gated_softmax_no_gate"])
-def test_huge_inputs(name: str):
-    """The clamp and log-space sums keep these finite at any size of logits."""
-    mixer = make(from_name(name, "attention", num_heads=2))
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("gated_softmax", "attention"),
+        ("softmax_gate", "attention"),
+        ("gated_softmax_no_gate_L2norm_nodivS_noclamp", "attention"),
+        ("2mamba", "mamba"),
+        ("2mamba_e", "mamba"),
+        ("mamba2s", "mamba"),
+    ],
+)
+def test_huge_inputs(name: str, paper: Any):
+    """Clamps, sums in log space and shares stay finite at any size, and so do their gradients."""
+    mixer = make(from_name(name, paper, num_heads=2))
     x = 1e4 * jax.random.normal(jax.random.key(4), (1, 6, DIM))
-    assert bool(jnp.all(jnp.isfinite(run(mixer, x))))
+    found = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(mixer(x).y))))(x)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found))
 
 
 def test_states_have_the_sizes_of_the_paper():
