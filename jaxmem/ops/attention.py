@@ -47,7 +47,7 @@ from pallas_kernels import attention as kernels
 from pallas_kernels._compat import Precision
 from pallas_kernels._dropout import dropout_seed
 from pallas_kernels._interpret import interpreted
-from pallas_kernels.attention import AttentionLaunch, Decay
+from pallas_kernels.pairs import Decay, PairTiles
 
 __all__ = ["Dropout", "Places", "attention", "attention_with_lse", "places_in_row"]
 
@@ -73,7 +73,7 @@ def attention(
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
-    config: AttentionLaunch | None = None,
+    config: PairTiles | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "B T H V"]:
     r"""Average values with softmax weights over the visible keys.
@@ -165,7 +165,7 @@ def attention_with_lse(
     dropout: Dropout | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
-    config: AttentionLaunch | None = None,
+    config: PairTiles | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Return what `attention` returns and the log-sum-exp of each query's logits.
@@ -215,7 +215,7 @@ def _attend(
     dropout: Dropout | None,
     implementation: Implementation,
     precision: Precision | None,
-    config: AttentionLaunch | None,
+    config: PairTiles | None,
     interpret: bool | None,
     wants_lse: bool,
 ) -> Read:
@@ -320,7 +320,7 @@ def _check_visibility(
 
 
 def _pallas_unmet(
-    q: Any, k: Any, v: Any, *, config: AttentionLaunch | None = None, **_: Any
+    q: Any, k: Any, v: Any, *, config: PairTiles | None = None, **_: Any
 ) -> str | None:
     return kernels.unmet(
         jnp.promote_types(q.dtype, k.dtype),
@@ -361,7 +361,7 @@ class _Static(NamedTuple):
 
     form: str
     rule: Rule
-    config: AttentionLaunch | None
+    config: PairTiles | None
     interpret: bool
 
 

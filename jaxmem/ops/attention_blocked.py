@@ -20,8 +20,9 @@ from jaxmem.ops.attention_xla import (
     with_scale,
 )
 from pallas_kernels._interpret import on_cpu
-from pallas_kernels.attention import Decay, needed_blocks
 from pallas_kernels.attention import Places as KernelPlaces
+from pallas_kernels.attention import needed_blocks
+from pallas_kernels.pairs import Decay
 
 CPU_BLOCKS = (64, 128)
 """Queries and keys of a tile on a CPU, in rows of up to 512 tokens and in longer ones."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from jaxmem.shapes import Key, SegmentIds
 from pallas_kernels import _dropout
 from pallas_kernels._compat import Precision
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay
 
 
 class Places(NamedTuple):

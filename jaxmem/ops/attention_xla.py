@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, visible
 from pallas_kernels._interpret import on_cpu
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay
 
 SHORT = 128
 """Tokens up to which a CPU takes all weights of a row at once: longer ones fit its caches in tiles.

@@ -17,7 +17,7 @@ from jaxmem.ops.attention_terms import Places, Rule, visible
 from jaxmem.ops.norms import at_least_float32
 from pallas_kernels._compat import Precision
 from pallas_kernels._interpret import on_cpu
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay
 
 Similarity = Callable[[Array], Array]
 """κ: from scaled products of queries and keys to weights, elementwise."""

@@ -34,8 +34,7 @@ from jaxmem.shapes import RowInts, SegmentIds
 from pallas_kernels import squared_attention as kernels
 from pallas_kernels._compat import Precision
 from pallas_kernels._interpret import interpreted
-from pallas_kernels.attention import Decay
-from pallas_kernels.squared_attention import SquaredAttentionConfig
+from pallas_kernels.pairs import Decay, PairTiles
 
 __all__ = ["quadratic_is_shorter", "squared_attention", "squared_features"]
 
@@ -81,7 +80,7 @@ def squared_attention(
     implementation: Implementation = "auto",
     chunk_size: int | None = None,
     precision: Precision | None = None,
-    config: SquaredAttentionConfig | None = None,
+    config: PairTiles | None = None,
     interpret: bool | None = None,
 ) -> LinearRead:
     r"""Sum values with weights (scale q_t·k_j)² e^{g_{j+1} + ... + g_t} over the tokens j ≤ t.
@@ -158,7 +157,7 @@ def _pallas_unmet(
     v: Any,
     *,
     initial_state: LinearState | None = None,
-    config: SquaredAttentionConfig | None = None,
+    config: PairTiles | None = None,
 ) -> str | None:
     if initial_state is not None:
         return "it takes all pairs of tokens and has no state"
@@ -234,7 +233,7 @@ class _Static(NamedTuple):
 
     scale: float
     precision: Precision | None
-    config: SquaredAttentionConfig | None
+    config: PairTiles | None
     interpret: bool
 
 

@@ -15,8 +15,9 @@ from jax import Array, lax
 from pallas_kernels import _dropout
 from pallas_kernels._compat import Precision, load, mm, pl
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E, vector
+from pallas_kernels.pairs import Decay
 
-LOG2_E = 1.4426950408889634
 _FAR = 2**30
 """Further than any place; twice of it still fits int32."""
 
@@ -28,15 +29,6 @@ class Places(NamedTuple):
     key: Any  # [B S]
     query_segment: Any  # [B T]
     key_segment: Any  # [B S]
-
-
-class Decay(NamedTuple):
-    """Cumulative log forget gates in two float32 words, the first multiples of a power of two."""
-
-    query: Any  # [B H T]
-    query_rest: Any  # [B H T]
-    key: Any  # [B H S]
-    key_rest: Any  # [B H S]
 
 
 class Bounds(NamedTuple):
@@ -249,21 +241,6 @@ def walk(ranges: Ranges, visit: Callable, carry: Any) -> Any:
     return lax.fori_loop(ranges.masked, ranges.end, masked, carry)
 
 
-def tile(ref: Any, start: Any, size: int, rows: int, width: int, head: Any = None) -> Array:
-    """Load [size, tile width] from row `start`, zero from row `rows` and column `width` on."""
-    index = start + lax.iota(jnp.int32, size)
-    columns = lax.iota(jnp.int32, ref.shape[-1])
-    mask = (index < rows)[:, None] & (columns < width)[None, :]
-    part = pl.ds(start, size)
-    return load(ref.at[part, :] if head is None else ref.at[part, head, :], mask)
-
-
-def vector(ref: Any, start: Any, size: int, rows: int, head: Any = None) -> Array:
-    """Load [size] from row `start`, zero from row `rows` on."""
-    inside = start + lax.iota(jnp.int32, size) < rows
-    return load(_of_head(ref, head, pl.ds(start, size)), inside, 0)
-
-
 def queries_of(call: Call, start: Any, places: Places | None, axis: int) -> Queries:
     """Describe the queries from `start` on; `axis` is that of queries in the tile."""
     index = start + lax.iota(jnp.int32, call.block_q)
@@ -329,7 +306,13 @@ def product(call: Call, a: Array, b: Array, *, tb: bool = False) -> Array:
 
 
 def decayed(
-    call: Call, decay: Decay | None, logit: Array, head: Any, q_start: Any, k_start: Any, axis: int
+    call: Call,
+    decay: Decay | None,
+    logit: Array,
+    head: tuple,
+    q_start: Any,
+    k_start: Any,
+    axis: int,
 ) -> Array:
     """Add the log of what the gates between key and query let through; `axis`: of queries.
 
@@ -340,21 +323,21 @@ def decayed(
         return logit
 
     def of_queries(ref: Any) -> Array:
-        return _along(vector(ref, q_start, call.block_q, call.queries, head), axis)
+        return _along(vector(ref, q_start, call.block_q, call.queries, lead=head), axis)
 
     def of_keys(ref: Any) -> Array:
-        return _along(vector(ref, k_start, call.block_k, call.keys, head), 1 - axis)
+        return _along(vector(ref, k_start, call.block_k, call.keys, lead=head), 1 - axis)
 
     between = of_queries(decay.query) - of_keys(decay.key)
     between = between + (of_queries(decay.query_rest) - of_keys(decay.key_rest))
     return logit + between * LOG2_E
 
 
-def gates_of(call: Call, gate: Any, start: Any, head: Any, axis: int) -> Array | None:
+def gates_of(call: Call, gate: Any, start: Any, head: tuple, axis: int) -> Array | None:
     """Return the gates of the values from `start` on, or None; `axis`: of keys in the tile."""
     if gate is None:
         return None
-    return _along(vector(gate, start, call.block_k, call.keys, head), axis)
+    return _along(vector(gate, start, call.block_k, call.keys, lead=head), axis)
 
 
 def kept(
@@ -365,10 +348,6 @@ def kept(
         return None
     base = (row * call.heads + head) * call.queries
     return _dropout.kept(seed_ref[0], seed_ref[1], base + queries.index, keys.index, call.rate)
-
-
-def _of_head(ref: Any, head: Any, index: Any) -> Any:
-    return ref.at[index] if head is None else ref.at[head, index]
 
 
 def _given(bounds: Bounds, block: Array) -> Ranges:

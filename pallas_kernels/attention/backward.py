@@ -15,8 +15,8 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E, inside, store_tile, tile, vector
 from pallas_kernels.attention._tiles import (
-    LOG2_E,
     Bounds,
     Call,
     Decay,
@@ -37,12 +37,10 @@ from pallas_kernels.attention._tiles import (
     product,
     queries_of,
     query_blocks,
-    tile,
-    vector,
     visible,
     walk,
 )
-from pallas_kernels.attention.launch import AttentionLaunch
+from pallas_kernels.pairs import PairTiles
 
 
 def queries_gradient(
@@ -63,7 +61,7 @@ def queries_gradient(
     rate: float,
     precision: Precision | None,
     clamp: float | None,
-    config: AttentionLaunch,
+    config: PairTiles,
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Return the gradients of the queries and of the scale.
@@ -143,7 +141,7 @@ def keys_gradient(
     rate: float,
     precision: Precision | None,
     clamp: float | None,
-    config: AttentionLaunch,
+    config: PairTiles,
     interpret: bool,
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Return the gradients of the keys, the values, the gates' sum at the keys and their gates.
@@ -278,24 +276,23 @@ def _queries_kernel(
         v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
         keys = keys_of(call, at, places, axis=1)
         logit, over = logits(call, q, k, scale)
-        logit = decayed(call, decay, logit, None, start, at, axis=0)
+        logit = decayed(call, decay, logit, (), start, at, axis=0)
         grads = _tile_gradients(
             call,
             _weights(logit, over, lse[:, None]),
             visible(call, queries, keys) if masked else None,
             product(call, grad, v, tb=True),
             kept(call, seed_ref, row, head, queries, keys),
-            gates_of(call, gate_ref, at, None, axis=1),
+            gates_of(call, gate_ref, at, (), axis=1),
             delta[:, None],
         )
         return acc + product(call, grads.dots.astype(k.dtype), k)
 
     zeros = jnp.zeros((call.block_q, q_ref.shape[-1]), jnp.float32)
     acc = walk(key_blocks(call, block, bounds), visit, zeros)
-    inside = start + lax.iota(jnp.int32, call.block_q) < call.queries
-    columns = lax.iota(jnp.int32, q_ref.shape[-1]) < call.width
-    store(dq_ref.at[:, :], acc * scale, inside[:, None] & columns[None, :])
-    store(along_ref.at[:], jnp.sum(q.astype(jnp.float32) * acc, axis=1), inside)
+    store_tile(dq_ref, acc * scale, start, call.queries, call.width)
+    along = jnp.sum(q.astype(jnp.float32) * acc, axis=1)
+    store(along_ref.at[:], along, inside(start, call.block_q, call.queries))
 
 
 def _keys_kernel(
@@ -325,23 +322,23 @@ def _keys_kernel(
     k = tile(k_ref, start, call.block_k, call.keys, call.width)
     v = tile(v_ref, start, call.block_k, call.keys, call.value_width)
     keys: Keys = keys_of(call, start, places, axis=0)
-    inside = start + lax.iota(jnp.int32, call.block_k) < call.keys
+    there = inside(start, call.block_k, call.keys)
 
     def read_by(member: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         head = group * share + member
-        scale = scale_ref[head]
-        gate = gates_of(call, gate_ref, start, member, axis=0)
+        scale, own_head = scale_ref[head], (member,)
+        gate = gates_of(call, gate_ref, start, own_head, axis=0)
 
         def visit(n: Array, carry: tuple[Array, Array, Array, Any], masked: bool) -> tuple:
             dk, dv, sums, gates = carry
             at = n * call.block_q
-            q = tile(q_ref, at, call.block_q, call.queries, call.width, member)
-            grad = tile(grad_ref, at, call.block_q, call.queries, call.value_width, member)
-            lse = _finite(vector(lse_ref, at, call.block_q, call.queries, member))
-            delta = vector(delta_ref, at, call.block_q, call.queries, member)
+            q = tile(q_ref, at, call.block_q, call.queries, call.width, head=own_head)
+            grad = tile(grad_ref, at, call.block_q, call.queries, call.value_width, head=own_head)
+            lse = _finite(vector(lse_ref, at, call.block_q, call.queries, lead=own_head))
+            delta = vector(delta_ref, at, call.block_q, call.queries, lead=own_head)
             queries = queries_of(call, at, places, axis=1)
             logit, over = logits(call, k, q, scale)
-            logit = decayed(call, decay, logit, member, at, start, axis=1)
+            logit = decayed(call, decay, logit, own_head, at, start, axis=1)
             grads = _tile_gradients(
                 call,
                 _weights(logit, over, lse[None, :]),
@@ -368,9 +365,9 @@ def _keys_kernel(
         dk, dv, sums, gates = walk(query_blocks(call, block, bounds), visit, before)
         own = pl.ds(start, call.block_k)
         if decay is not None:
-            store(sums_ref.at[member, own], sums, inside)
+            store(sums_ref.at[member, own], sums, there)
         if gate is not None:
-            store(gates_ref.at[member, own], gates, inside)
+            store(gates_ref.at[member, own], gates, there)
         return dk, dv
 
     zeros = (
@@ -382,6 +379,5 @@ def _keys_kernel(
         dk = dk * scale_ref[group]
     else:
         dk, dv = lax.fori_loop(0, share, read_by, zeros)
-    for ref, value, width in ((dk_ref, dk, call.width), (dv_ref, dv, call.value_width)):
-        columns = lax.iota(jnp.int32, ref.shape[-1]) < width
-        store(ref.at[:, :], value, inside[:, None] & columns[None, :])
+    store_tile(dk_ref, dk, start, call.keys, call.width)
+    store_tile(dv_ref, dv, start, call.keys, call.value_width)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
-from pallas_kernels.attention._tiles import Decay, Places
+from pallas_kernels.attention._tiles import Places
 from pallas_kernels.attention.backward import keys_gradient, queries_gradient
 from pallas_kernels.attention.forward import forward
-from pallas_kernels.attention.launch import AttentionLaunch
+from pallas_kernels.pairs import Decay, PairTiles
 
 KERNELS = {
     "attention_forward": forward,
@@ -56,7 +56,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         "rate": 0.1 if full else 0.0,
         "precision": None,
         "clamp": 5.0 if full else None,
-        "config": AttentionLaunch(**entry.config),
+        "config": PairTiles(**entry.config),
         "interpret": False,
     }
     return [

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E, inside, store_tile, tile
 from pallas_kernels.attention._tiles import (
-    LOG2_E,
     Bounds,
     Call,
     Decay,
@@ -27,11 +27,10 @@ from pallas_kernels.attention._tiles import (
     logits,
     product,
     queries_of,
-    tile,
     visible,
     walk,
 )
-from pallas_kernels.attention.launch import AttentionLaunch
+from pallas_kernels.pairs import PairTiles
 
 
 def forward(
@@ -49,7 +48,7 @@ def forward(
     rate: float,
     precision: Precision | None,
     clamp: float | None,
-    config: AttentionLaunch,
+    config: PairTiles,
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Average values: y_i = Σ_j softmax_j(min(scale q_i·k_j, clamp) + F_i - F_j) gate_j v_j.
@@ -136,7 +135,7 @@ def _kernel(
         v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
         keys = keys_of(call, at, places, axis=1)
         logit = logits(call, q, k, scale).value
-        logit = decayed(call, decay, logit, None, start, at, axis=0)
+        logit = decayed(call, decay, logit, (), start, at, axis=0)
         if masked:
             logit = jnp.where(visible(call, queries, keys), logit, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(logit, axis=1))
@@ -146,7 +145,7 @@ def _kernel(
         weights = jnp.exp2(logit - base[:, None])
         total = total * fade + jnp.sum(weights, axis=1)
         factor = kept(call, seed_ref, row, head, queries, keys)
-        gate = gates_of(call, gate_ref, at, None, axis=1)
+        gate = gates_of(call, gate_ref, at, (), axis=1)
         read = weights if factor is None else weights * factor
         read = (read if gate is None else read * gate).astype(v.dtype)
         return new_top, total, acc * fade[:, None] + product(call, read, v)
@@ -159,8 +158,6 @@ def _kernel(
     top, total, acc = walk(key_blocks(call, block, bounds), visit, carry)
     empty = total == 0.0
     safe = jnp.where(empty, 1.0, total)
-    inside = start + lax.iota(jnp.int32, call.block_q) < call.queries
-    columns = lax.iota(jnp.int32, y_ref.shape[-1]) < call.value_width
-    store(y_ref.at[:, :], acc / safe[:, None], inside[:, None] & columns[None, :])
+    store_tile(y_ref, acc / safe[:, None], start, call.queries, call.value_width)
     lse = jnp.where(empty, -jnp.inf, (top + jnp.log2(safe)) / LOG2_E)
-    store(lse_ref.at[:], lse, inside)
+    store(lse_ref.at[:], lse, inside(start, call.block_q, call.queries))

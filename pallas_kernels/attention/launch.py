@@ -1,78 +1,15 @@
-"""Launch configurations of attention, and what its kernels need."""
+"""The shared memory of the attention kernels, and their tables."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import _launch
 from pallas_kernels._launch import power_of_two
-
-KERNEL = "attention"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionLaunch:
-    """Tiles of the forward kernel and of the two backward kernels."""
-
-    block_q: int
-    """Queries that a program of the forward kernel owns."""
-    block_k: int
-    """Keys per step of the forward kernel."""
-    num_warps: int
-    """Warps of a program of the forward kernel."""
-    num_stages: int
-    """Loads in flight in the loop of the forward kernel."""
-    backward_q: int
-    """Queries per tile of the backward kernels."""
-    backward_k: int
-    """Keys per tile of the backward kernels."""
-    backward_warps: int
-    """Warps of a program of the backward kernels."""
-    backward_stages: int
-    """Loads in flight in the loops of the backward kernels."""
-
-
-def find_config(
-    dtype: Any, width: int, value_width: int, *, length: int, rows: int
-) -> AttentionLaunch:
-    """Look up the configuration of a call with this many keys, and rows times heads.
-
-    Raises:
-      LookupError: no entry fits the dtype and the widths; `unmet` says so before.
-    """
-    name = jnp.dtype(dtype).name
-    return _launch.lookup(KERNEL, AttentionLaunch, name, max(width, value_width), length, rows)
-
-
-def unmet(
-    dtype: Any,
-    value_dtype: Any,
-    width: int,
-    value_width: int,
-    *,
-    length: int,
-    rows: int,
-    config: AttentionLaunch | None = None,
-) -> str | None:
-    """Say why the kernels cannot take a call, or None; `dtype` is that of queries and keys."""
-    for each in (dtype, value_dtype):
-        why = _launch.unmet(each, width, value_width)
-        if why:
-            return why
-    try:
-        config = config or find_config(dtype, width, value_width, length=length, rows=rows)
-    except LookupError as error:
-        return str(error).rstrip(".")
-    odd = _launch.not_power_of_two(config, "block_q", "block_k", "backward_q", "backward_k")
-    if odd:
-        return odd
-    needed = shared_bytes(config, width, value_width, dtype, value_dtype)
-    return _launch.too_much_shared(KERNEL, needed)
+from pallas_kernels.pairs import PairKernel, PairTiles
 
 
 def shared_bytes(
-    config: AttentionLaunch, width: int, value_width: int, dtype: Any, value_dtype: Any
+    config: PairTiles, width: int, value_width: int, dtype: Any, value_dtype: Any
 ) -> int:
     """Return the shared memory of the hungriest of the three kernels, in bytes, from above.
 
@@ -95,3 +32,7 @@ def shared_bytes(
         program(q, k, stages, key + value),
         program(k, q, stages, key + value),
     )
+
+
+KERNEL = PairKernel("attention", shared_bytes)
+find_config, unmet = KERNEL.find_config, KERNEL.unmet

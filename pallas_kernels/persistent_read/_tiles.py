@@ -1,15 +1,12 @@
-"""What the kernels of the persistent read share: masked loads, logits and dropout of one tile."""
+"""What the kernels of the persistent read share: logits and dropout of one tile."""
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import _dropout
-from pallas_kernels._compat import Precision, load, mm, pl
-
-LOG2_E = 1.4426950408889634
+from pallas_kernels._compat import Precision, mm
+from pallas_kernels._tiles import LOG2_E
 
 
 class Call(NamedTuple):
@@ -27,23 +24,6 @@ class Call(NamedTuple):
     """Probability of dropping a weight."""
     precision: Precision | None
     interpret: bool
-
-
-def rows_of(ref: Any, start: Array | int, size: int, below: int, width: int, *lead: Array) -> Array:
-    """Load a tile [size, block width]: rows from `start`, zero from row `below`, column `width`.
-
-    `lead` are indices of leading axes of the reference.
-    """
-    rows = start + jax.lax.iota(jnp.int32, size)
-    columns = jax.lax.iota(jnp.int32, ref.shape[-1])
-    mask = (rows < below)[:, None] & (columns < width)[None, :]
-    return load(ref.at[(*lead, pl.ds(start, size), slice(None))], mask)
-
-
-def row_scalars(ref: Any, start: Array | int, size: int, below: int, *lead: Array) -> Array:
-    """Load the scalars [size] of rows from `start`, zero from row `below`."""
-    rows = start + jax.lax.iota(jnp.int32, size)
-    return load(ref.at[(*lead, pl.ds(start, size))], rows < below)
 
 
 def product(a: Array, b: Array, call: Call, *, tb: bool = False) -> Array:

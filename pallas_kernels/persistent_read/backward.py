@@ -13,14 +13,12 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E, store_tile, tile, vector
 from pallas_kernels.persistent_read._tiles import (
-    LOG2_E,
     Call,
     kept,
     logits,
     product,
-    row_scalars,
-    rows_of,
 )
 from pallas_kernels.persistent_read.launch import PersistentReadConfig, splits
 
@@ -118,18 +116,18 @@ def _queries_kernel(
     head = pl.program_id(1)
     left = call.rows - first
     rows = first + lax.iota(jnp.int32, block)
-    q = rows_of(q_ref, 0, block, left, call.width)
-    grad = rows_of(grad_ref, 0, block, left, call.value_width)
+    q = tile(q_ref, 0, block, left, call.width)
+    grad = tile(grad_ref, 0, block, left, call.value_width)
     scale = scale_ref[0]
 
     def bank(r: Array, acc: Array) -> Array:
-        lse = row_scalars(lse_ref, 0, block, left, r) * LOG2_E
-        delta = row_scalars(delta_ref, 0, block, left, r)
+        lse = vector(lse_ref, 0, block, left, lead=(r,)) * LOG2_E
+        delta = vector(delta_ref, 0, block, left, lead=(r,))
 
         def walk(n: Array, acc: Array) -> Array:
             pairs = n * step + lax.iota(jnp.int32, step)
-            keys = rows_of(keys_ref, n * step, step, call.pairs, call.width, r)
-            values = rows_of(values_ref, n * step, step, call.pairs, call.value_width, r)
+            keys = tile(keys_ref, n * step, step, call.pairs, call.width, lead=(r,))
+            values = tile(values_ref, n * step, step, call.pairs, call.value_width, lead=(r,))
             weights = jnp.exp2(logits(q, keys, scale, call) - lse[:, None])
             # A pair that is not there has logit 0, whose weight may overflow.
             weights = jnp.where((pairs < call.pairs)[None, :], weights, 0.0)
@@ -143,11 +141,8 @@ def _queries_kernel(
         return lax.fori_loop(0, -(-call.pairs // step), walk, acc)
 
     acc = lax.fori_loop(0, keys_ref.shape[0], bank, jnp.zeros((block, wide), jnp.float32))
-    columns = lax.iota(jnp.int32, wide)
-    inside = rows < call.rows
-    mask = inside[:, None] & (columns < call.width)[None, :]
-    store(dq_ref.at[:, :], acc * scale, mask)
-    store(along_ref.at[:], jnp.sum(q.astype(jnp.float32) * acc, axis=1), inside)
+    store_tile(dq_ref, acc * scale, first, call.rows, call.width)
+    store(along_ref.at[:], jnp.sum(q.astype(jnp.float32) * acc, axis=1), rows < call.rows)
 
 
 def tables_gradient(
@@ -231,8 +226,8 @@ def _tables_kernel(
     table = pl.program_id(2) * call.heads + pl.program_id(1)
     left = call.pairs - first
     pairs = first + lax.iota(jnp.int32, block)
-    keys = rows_of(keys_ref, 0, block, left, call.width)
-    values = rows_of(values_ref, 0, block, left, call.value_width)
+    keys = tile(keys_ref, 0, block, left, call.width)
+    values = tile(values_ref, 0, block, left, call.value_width)
     scale = scale_ref[0]
     # A share past the last query reads zeros: q, g and Δ of 0 add nothing.
     tiles = -(-call.rows // step)
@@ -243,10 +238,10 @@ def _tables_kernel(
         key_grad, value_grad = carry
         start = (begin + n) * step
         rows = start + lax.iota(jnp.int32, step)
-        q = rows_of(q_ref, start, step, call.rows, call.width)
-        grad = rows_of(grad_ref, start, step, call.rows, call.value_width)
-        lse = row_scalars(lse_ref, start, step, call.rows) * LOG2_E
-        delta = row_scalars(delta_ref, start, step, call.rows)
+        q = tile(q_ref, start, step, call.rows, call.width)
+        grad = tile(grad_ref, start, step, call.rows, call.value_width)
+        lse = vector(lse_ref, start, step, call.rows) * LOG2_E
+        delta = vector(delta_ref, start, step, call.rows)
         weights = jnp.exp2(logits(keys, q, scale, call) - lse[None, :])
         grads = product(values, grad, call, tb=True)
         factor = kept(seed_ref, table, rows[None, :], pairs[:, None], call)
@@ -264,8 +259,5 @@ def _tables_kernel(
         jnp.zeros((block, values_ref.shape[-1]), jnp.float32),
     )
     key_grad, value_grad = lax.fori_loop(0, number, walk, zeros)
-    inside = (pairs < call.pairs)[:, None]
-    columns, value_columns = (lax.iota(jnp.int32, ref.shape[-1]) for ref in (keys_ref, values_ref))
-    store(key_grad_ref.at[:, :], key_grad * scale, inside & (columns < call.width)[None, :])
-    mask = inside & (value_columns < call.value_width)[None, :]
-    store(value_grad_ref.at[:, :], value_grad, mask)
+    store_tile(key_grad_ref, key_grad * scale, first, call.pairs, call.width)
+    store_tile(value_grad_ref, value_grad, first, call.pairs, call.value_width)

@@ -9,13 +9,12 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E, store_tile, tile
 from pallas_kernels.persistent_read._tiles import (
-    LOG2_E,
     Call,
     kept,
     logits,
     product,
-    rows_of,
 )
 from pallas_kernels.persistent_read.launch import PersistentReadConfig
 
@@ -101,14 +100,14 @@ def _kernel(
     table = pl.program_id(2) * call.heads + pl.program_id(1)
     rows = first + lax.iota(jnp.int32, block)
     # The block's own rows: masked against those that the call has left.
-    q = rows_of(q_ref, 0, block, call.rows - first, call.width)
+    q = tile(q_ref, 0, block, call.rows - first, call.width)
     scale = scale_ref[0]
 
     def walk(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
         pairs = n * step + lax.iota(jnp.int32, step)
-        keys = rows_of(keys_ref, n * step, step, call.pairs, call.width)
-        values = rows_of(values_ref, n * step, step, call.pairs, call.value_width)
+        keys = tile(keys_ref, n * step, step, call.pairs, call.width)
+        values = tile(values_ref, n * step, step, call.pairs, call.value_width)
         logit = jnp.where((pairs < call.pairs)[None, :], logits(q, keys, scale, call), -jnp.inf)
         # Every step holds a pair, so the new maximum is finite.
         new_top = jnp.maximum(top, jnp.max(logit, axis=1))
@@ -125,8 +124,5 @@ def _kernel(
         jnp.zeros((block, wide_v), jnp.float32),
     )
     top, total, acc = lax.fori_loop(0, -(-call.pairs // step), walk, start)
-    columns = lax.iota(jnp.int32, wide_v)
-    inside = rows < call.rows
-    mask = inside[:, None] & (columns < call.value_width)[None, :]
-    store(y_ref.at[:, :], acc / total[:, None], mask)
-    store(lse_ref.at[:], (top + jnp.log2(total)) / LOG2_E, inside)
+    store_tile(y_ref, acc / total[:, None], first, call.rows, call.value_width)
+    store(lse_ref.at[:], (top + jnp.log2(total)) / LOG2_E, rows < call.rows)

@@ -3,15 +3,13 @@
 from pallas_kernels.squared_attention.backward import squared_backward
 from pallas_kernels.squared_attention.forward import squared_forward
 from pallas_kernels.squared_attention.launch import (
-    NAME,
-    SquaredAttentionConfig,
+    KERNEL,
     find_config,
     unmet,
 )
 
 __all__ = [
-    "NAME",
-    "SquaredAttentionConfig",
+    "KERNEL",
     "find_config",
     "squared_backward",
     "squared_forward",

@@ -14,9 +14,8 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, load, mm, pl
 from pallas_kernels._launch import power_of_two
-from pallas_kernels.attention import Decay
-
-LOG2_E = 1.4426950408889634
+from pallas_kernels._tiles import LOG2_E, vector
+from pallas_kernels.pairs import Decay
 
 
 class Call(NamedTuple):
@@ -166,19 +165,6 @@ def decay_specs(by_head: Any) -> Any:
     return jax.tree.map(
         lambda a: pl.BlockSpec((None, None, a.shape[2]), lambda i, h, b: (b, h, 0)), by_head
     )
-
-
-def tile(ref: Any, start: Any, size: int, rows: int, width: int) -> Array:
-    """Load [size, tile width] from row `start`, zero from row `rows` and column `width` on."""
-    index = start + lax.iota(jnp.int32, size)
-    columns = lax.iota(jnp.int32, ref.shape[-1])
-    mask = (index < rows)[:, None] & (columns < width)[None, :]
-    return load(ref.at[pl.ds(start, size), :], mask)
-
-
-def vector(ref: Any, start: Any, size: int, rows: int) -> Array:
-    """Load [size] from row `start`, zero from row `rows` on."""
-    return load(ref.at[pl.ds(start, size)], start + lax.iota(jnp.int32, size) < rows, 0)
 
 
 def queries_of(call: Call, start: Any, edges: Any, decay: Decay | None, axis: int) -> Side:

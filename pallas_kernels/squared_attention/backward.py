@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels._compat import Precision, launch, pl, store
-from pallas_kernels.attention import Decay
+from pallas_kernels._tiles import inside, store_tile, tile, vector
+from pallas_kernels.pairs import Decay, PairTiles
 from pallas_kernels.squared_attention._tiles import (
     Call,
     call_of,
@@ -28,13 +29,11 @@ from pallas_kernels.squared_attention._tiles import (
     query_blocks,
     scores,
     specs,
-    tile,
-    vector,
     visible,
     walk,
     weighted,
 )
-from pallas_kernels.squared_attention.launch import SquaredAttentionConfig, find_config
+from pallas_kernels.squared_attention.launch import find_config
 
 
 def squared_backward(
@@ -48,7 +47,7 @@ def squared_backward(
     *,
     scale: float,
     precision: Precision | None = None,
-    config: SquaredAttentionConfig | None = None,
+    config: PairTiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """Return the gradients of `squared_forward`, by two kernels.
@@ -150,7 +149,7 @@ def _queries_kernel(
     acc = walk(key_blocks(call, start, first_ref), visit, zeros)
     # The scale is left out of a tile: here it costs nothing.
     dq = acc * (2.0 * call.scale * call.scale)
-    _store(dq_ref, dq, start, call.tokens, call.width)
+    store_tile(dq_ref, dq, start, call.tokens, call.width)
     _store_sums(sums_ref, q, dq, 0.5, start, call.tokens)
 
 
@@ -195,15 +194,9 @@ def _keys_kernel(
     dk, dv = walk(query_blocks(call, start, last_ref), visit, carry)
     squared = call.scale * call.scale
     dk = dk * (2.0 * squared)
-    _store(dk_ref, dk, start, call.tokens, call.width)
-    _store(dv_ref, dv * squared, start, call.tokens, call.value_width)
+    store_tile(dk_ref, dk, start, call.tokens, call.width)
+    store_tile(dv_ref, dv * squared, start, call.tokens, call.value_width)
     _store_sums(sums_ref, k, dk, -0.5, start, call.tokens)
-
-
-def _store(ref: Any, grads: Array, start: Array, rows: int, width: int) -> None:
-    inside = start + lax.iota(jnp.int32, ref.shape[0]) < rows
-    columns = lax.iota(jnp.int32, ref.shape[1]) < width
-    store(ref.at[:, :], grads, inside[:, None] & columns[None, :])
 
 
 def _store_sums(
@@ -212,6 +205,5 @@ def _store_sums(
     """Store factor <value, grad> of each row of a tile, if they are wanted."""
     if ref is None:
         return
-    inside = start + lax.iota(jnp.int32, values.shape[0]) < rows
     sums = jnp.sum(values.astype(jnp.float32) * grads, axis=1)
-    store(ref.at[pl.ds(start, values.shape[0])], factor * sums, inside)
+    store(ref.at[pl.ds(start, len(values))], factor * sums, inside(start, len(values), rows))

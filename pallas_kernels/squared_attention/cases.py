@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay, PairTiles
 from pallas_kernels.squared_attention.backward import squared_backward
 from pallas_kernels.squared_attention.forward import squared_forward
-from pallas_kernels.squared_attention.launch import SquaredAttentionConfig
 
 
 def cases(entry: Entry) -> list[Case]:
@@ -35,7 +34,7 @@ def _cases(entry: Entry, *, full: bool) -> list[Case]:
     )
     dy = operand(*x.shape, of=jnp.float32 if dtype == jnp.float16 else dtype)
     cotangents = (dy, operand(batch, entry.length, heads))
-    options = {"scale": entry.width**-0.5, "config": SquaredAttentionConfig(**entry.config)}
+    options = {"scale": entry.width**-0.5, "config": PairTiles(**entry.config)}
     suffix = "_full" if full else ""
     return [
         Case(f"squared_forward{suffix}", functools.partial(squared_forward, **options), inputs),

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels._compat import Precision, launch, pl, store
-from pallas_kernels.attention import Decay
+from pallas_kernels._tiles import inside, store_tile, tile
+from pallas_kernels.pairs import Decay, PairTiles
 from pallas_kernels.squared_attention._tiles import (
     Call,
     call_of,
@@ -21,12 +22,11 @@ from pallas_kernels.squared_attention._tiles import (
     queries_of,
     scores,
     specs,
-    tile,
     visible,
     walk,
     weighted,
 )
-from pallas_kernels.squared_attention.launch import SquaredAttentionConfig, find_config
+from pallas_kernels.squared_attention.launch import find_config
 
 
 def squared_forward(
@@ -38,7 +38,7 @@ def squared_forward(
     *,
     scale: float,
     precision: Precision | None = None,
-    config: SquaredAttentionConfig | None = None,
+    config: PairTiles | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Sum values with squared weights: y_i = Σ_j p_ij v_j and total_i = Σ_j p_ij over j <= i.
@@ -126,7 +126,5 @@ def _kernel(
     total, acc = walk(key_blocks(call, start, first_ref), visit, carry)
     # The scale is left out of the weights of a tile: here it costs nothing.
     squared = call.scale * call.scale
-    inside = start + lax.iota(jnp.int32, call.block_q) < call.tokens
-    columns = lax.iota(jnp.int32, y_ref.shape[-1]) < call.value_width
-    store(y_ref.at[:, :], acc * squared, inside[:, None] & columns[None, :])
-    store(total_ref.at[:], total * squared, inside)
+    store_tile(y_ref, acc * squared, start, call.tokens, call.value_width)
+    store(total_ref.at[:], total * squared, inside(start, call.block_q, call.tokens))

@@ -10,7 +10,7 @@ import pytest
 from jaxmem.errors import KernelUnsupported
 from jaxmem.ops.attention import Dropout, Places, attention
 from pallas_kernels._compat import make_mesh
-from pallas_kernels.attention import AttentionLaunch
+from pallas_kernels.pairs import PairTiles
 from tests.helpers.attention import (
     Size,
     check,
@@ -23,7 +23,7 @@ from tests.helpers.attention import (
 )
 from tests.helpers.compare import BFLOAT16, FORWARD, Budget, assert_close
 
-TILES = AttentionLaunch(
+TILES = PairTiles(
     block_q=16,
     block_k=16,
     num_warps=4,
@@ -70,7 +70,7 @@ def test_default_tiles():
 
 def test_tiles_that_are_not_square():
     size, rule = Size(length=53, batch=1), {"lag": 1, "window": 37}
-    tiles = AttentionLaunch(
+    tiles = PairTiles(
         block_q=32,
         block_k=16,
         num_warps=4,

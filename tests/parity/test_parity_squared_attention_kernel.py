@@ -11,10 +11,9 @@ import pytest
 
 from pallas_kernels._compat import lower_for_cuda, stand_in_gpu
 from pallas_kernels._launch import Entry, entries
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay, PairTiles
 from pallas_kernels.squared_attention import (
-    NAME,
-    SquaredAttentionConfig,
+    KERNEL,
     find_config,
     squared_backward,
     squared_forward,
@@ -24,8 +23,8 @@ from pallas_kernels.squared_attention.cases import cases
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
 from tests.helpers.lowering import kernel_names
 
-TABLE = entries(NAME)
-TILES = SquaredAttentionConfig(
+TABLE = entries(KERNEL.name)
+TILES = PairTiles(
     block_q=16,
     block_k=16,
     num_warps=4,
@@ -36,7 +35,7 @@ TILES = SquaredAttentionConfig(
     backward_stages=2,
 )
 """Small enough that few tokens make several tiles."""
-OBLONG = SquaredAttentionConfig(
+OBLONG = PairTiles(
     block_q=32,
     block_k=16,
     num_warps=4,
@@ -150,7 +149,7 @@ def both_passes(**options: Any) -> Any:
     return jax.jit(both)
 
 
-def run(args: Inputs, scale: float = 0.25, config: SquaredAttentionConfig | None = TILES) -> Any:
+def run(args: Inputs, scale: float = 0.25, config: PairTiles | None = TILES) -> Any:
     return both_passes(scale=scale, config=config, interpret=True)(args)
 
 
@@ -158,7 +157,7 @@ def check(
     args: Inputs,
     forward: Budget = FORWARD,
     gradient: Budget = GRADIENT,
-    config: SquaredAttentionConfig | None = TILES,
+    config: PairTiles | None = TILES,
 ) -> Results:
     scale = args.q.shape[-1] ** -0.5
     found, wanted = run(args, scale, config), direct(args, scale)
@@ -253,7 +252,7 @@ KERNELS = ["squared_forward", "squared_queries_gradient", "squared_keys_gradient
 def test_every_entry_lowers_and_is_found(entry: Entry):
     found = [kernel_names(lower_for_cuda(c.function, *c.operands)) for c in cases(entry)]
     assert found == [KERNELS[:1], KERNELS[1:]] * 2
-    config, width = SquaredAttentionConfig(**entry.config), entry.width
+    config, width = PairTiles(**entry.config), entry.width
     size = {"length": entry.length, "rows": entry.rows}
     assert find_config(entry.dtype, width, width, **size) == config
     assert find_config(entry.dtype, width - 1, width // 2, **size) == config

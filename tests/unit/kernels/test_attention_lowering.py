@@ -13,8 +13,9 @@ from jaxmem.ops.dispatch import explain
 from jaxmem.reports.benchmark.baselines import jax_kernel_attention
 from pallas_kernels._compat import lower_for_cuda, stand_in_gpu
 from pallas_kernels._launch import Entry, entries, shared_limit
-from pallas_kernels.attention import AttentionLaunch, find_config, launch
+from pallas_kernels.attention import find_config, launch
 from pallas_kernels.attention.cases import cases
+from pallas_kernels.pairs import PairTiles
 from tests.helpers.lowering import KERNEL_CALL, kernel_names
 
 TABLE = entries("attention")
@@ -51,7 +52,7 @@ def test_what_a_call_does_not_have_is_no_operand():
 
 @pytest.mark.parametrize("entry", TABLE, ids=label)
 def test_every_entry_fits_and_is_found(entry: Entry):
-    config, width = AttentionLaunch(**entry.config), entry.width
+    config, width = PairTiles(**entry.config), entry.width
     assert launch.shared_bytes(config, width, width, entry.dtype, entry.dtype) <= shared_limit(None)
     size = {"length": entry.length, "rows": entry.rows}
     assert find_config(entry.dtype, width, width, **size) == config
@@ -102,14 +103,14 @@ def test_what_the_kernels_cannot_take(arrays: tuple[Any, ...], message: str):
 
 
 def test_odd_tiles_are_said_by_the_op():
-    config = dataclasses.replace(AttentionLaunch(**TABLE[0].config), block_k=48)
+    config = dataclasses.replace(PairTiles(**TABLE[0].config), block_k=48)
     options = {"scale": 1.0, "implementation": "pallas", "config": config}
     with pytest.raises(KernelUnsupported, match="block_k=48, which is no power of two"):
         explain("attention", *operands(), **options)
 
 
 def test_too_much_shared_memory_is_said_before_anything_is_compiled():
-    greedy = AttentionLaunch(
+    greedy = PairTiles(
         block_q=256,
         block_k=256,
         num_warps=8,
