@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from jaxmem.reports.runs import read_environment, read_metrics
 from jaxmem.reports.sweep_stats import (
+    OVERLAP,
     Estimate,
+    Verdict,
     estimate,
     our_order,
     published_order,
@@ -165,20 +167,32 @@ def compare(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     found = verdicts(suite, estimates)
     if not found:
         return ""
-    lines = [
-        f"- paper, best first: {published_order(suite)}",
-        f"- ours, best first: {our_order(suite, estimates)}",
-    ]
-    lines += [
-        f"- {one.better} better than {one.worse}: {one.verdict}"
-        + (f" ({one.reason})" if one.reason else "")
-        for one in found
-    ]
     counts = [
         f"{sum(one.verdict == name for one in found)} {name}"
         for name in ("agree", "disagree", "undecided")
     ]
-    return "\n".join([*lines, f"- of {len(found)} published orders: {', '.join(counts)}"])
+    lines = [
+        f"- paper, best first: {published_order(suite)}",
+        f"- ours, best first: {our_order(suite, estimates)}",
+        f"- of {len(found)} published orders of two cells: {', '.join(counts)}",
+    ]
+    lines += [
+        f"- {name}: {'; '.join(pairs)}"
+        for name, pairs in (
+            ("the other way round here", _pairs(found, "disagree")),
+            (f"undecided, {OVERLAP}", _pairs(found, "undecided", OVERLAP)),
+        )
+        if pairs
+    ]
+    return "\n".join(lines)
+
+
+def _pairs(found: Sequence[Verdict], verdict: str, reason: str = "") -> list[str]:
+    return [
+        f"{one.better} before {one.worse}"
+        for one in found
+        if (one.verdict, one.reason) == (verdict, reason)
+    ]
 
 
 def _about(suite: Suite) -> str:
@@ -200,11 +214,15 @@ def _values(cell: Cell, outcomes: Sequence[Outcome]) -> list[float]:
 def _table(suite: Suite, outcomes: Sequence[Outcome], *, whole: bool) -> str:
     """Return a row per cell; the whole table also has the machine and the command."""
     estimates = _estimates(suite, outcomes)
-    head = ["cell", suite.metric, "95 % interval", "seeds", "wall time"]
+    compared = any(cell.published is not None for cell in suite.cells)
+    head = ["cell", suite.metric, "95 % interval", *["published"] * compared, "seeds", "wall time"]
     rows = []
     for cell in suite.cells:
         runs = [one for one in outcomes if one.label == cell.label]
-        row = [cell.label, *_numbers(estimates[cell.label]), _seeds(runs), _time(runs)]
+        row = [cell.label, *_numbers(estimates[cell.label])]
+        if compared:
+            row.append("" if cell.published is None else f"{cell.published:.6g}")
+        row += [_seeds(runs), _time(runs)]
         if whole:
             row += ["; ".join(dict.fromkeys(one.machine for one in runs if one.machine))]
             row += [f"`{_command(cell)}`"]

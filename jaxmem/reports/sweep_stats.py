@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from jaxmem.reports.sweep_suite import Cell, Suite
 
 CONFIDENCE = 0.95
+OVERLAP = "the intervals overlap"
 
 
 class Estimate(NamedTuple):
@@ -78,14 +79,13 @@ def _verdict(
 ) -> Verdict:
     labels = (better.label, worse.label)
     ours = [estimates[label] for label in labels]
-    for label, one in zip(labels, ours, strict=True):
-        if one is None:
-            return Verdict(*labels, "undecided", f"{label} has no finished run")
-        if one.interval is None:
-            return Verdict(*labels, "undecided", f"{label} has one seed, so no interval")
+    if None in ours:
+        return Verdict(*labels, "undecided", "a cell has no finished run")
+    if any(one.interval is None for one in ours if one):
+        return Verdict(*labels, "undecided", "a cell has one seed, so no interval")
     (low, high), (other_low, other_high) = (one.interval for one in ours if one and one.interval)
     if max(low, other_low) <= min(high, other_high):
-        return Verdict(*labels, "undecided", "the intervals overlap")
+        return Verdict(*labels, "undecided", OVERLAP)
     return Verdict(*labels, "agree" if sign * (low - other_low) < 0 else "disagree", "")
 
 
@@ -108,5 +108,5 @@ def _order(values: Mapping[str, float], suite: Suite) -> str:
     for place, (label, value) in enumerate(ordered):
         if place:
             text += " = " if value == ordered[place - 1][1] else ", "
-        text += f"{label} {value:.6g}"
+        text += f"{label} {value:.4g}"
     return text or "none"

@@ -10,7 +10,7 @@ from jaxmem.ops.attention_terms import cumulative
 from jaxmem.ops.linear_attention import LinearRead, init_linear_state
 from jaxmem.ops.similarity import Pairs, similarity_sums
 from jaxmem.ops.squared_attention import feature_count, squared_attention
-from pallas_kernels.attention import Decay
+from pallas_kernels.pairs import Decay
 
 
 def scan_by_pairs(a: Array, b: Array) -> Array:

@@ -56,8 +56,8 @@ def test_results_are_written_as_table_rows_and_figure(tmp_path, outcomes):
     # 2.25 ± 12.706 * 0.35355 / sqrt 2; the cell with one seed left has no interval.
     train = "`python -m experiments.train --config gpt_tiny"
     machine = "1 x cpu, jax 1.2.3"
-    assert f"| a | 2.2500 | -0.9266 to 5.4266 | 2 of 2 | 2 s | {machine} | {train}` |" in text
-    assert f"| b | 1.0000 |  | 1 of 2, 1 failed | 2 s | {machine} | {train} --model.d" in text
+    assert f"| a | 2.2500 | -0.9266 to 5.4266 | 30 | 2 of 2 | 2 s | {machine} | {train}` |" in text
+    assert f"| b | 1.0000 |  | 20 | 1 of 2, 1 failed | 2 s | {machine} | {train} --model.d" in text
     assert "| b | 1 | out of \\| memory | `train b_1` |" in text
     assert text.startswith("```\npython -m x\n```")
     pixels = imread(out / "results.png")
@@ -68,15 +68,33 @@ def test_summary_says_the_failures_and_the_published_order(outcomes):
     text = summary(SUITE, outcomes)
     assert "failed: b, seed 1: out of | memory" in text
     assert "- paper, best first: b 20, a 30\n- ours, best first: b 1, a 2.25" in text
-    assert "- b better than a: undecided (b has one seed, so no interval)" in text
-    assert "- of 1 published orders: 0 agree, 0 disagree, 1 undecided" in text
+    assert text.endswith("- of 1 published orders of two cells: 0 agree, 0 disagree, 1 undecided")
     assert "experiments.train" not in text
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [
+        (-1.0, "1 agree, 0 disagree, 0 undecided"),
+        (1.0, "1 disagree, 0 undecided\n- the other way round here: b before a"),
+        (0.0, "1 undecided\n- undecided, the intervals overlap: b before a"),
+    ],
+    ids=["agree", "disagree", "undecided"],
+)
+def test_orders_that_are_not_as_published_are_named(tmp_path, shift, said):
+    losses = {A: (2.0, 2.001), B: (2.0 + shift, 2.001 + shift)}
+    found = [
+        outcome(tmp_path, cell, seed, {20: losses[cell][seed]})
+        for cell in (A, B)
+        for seed in (0, 1)
+    ]
+    assert summary(SUITE, found).endswith(said)
 
 
 def test_without_numbers_of_a_paper_nothing_is_compared(tmp_path, outcomes):
     cells = (Cell(label="a", preset="gpt_tiny"), Cell(label="b", preset="gpt_tiny"))
     suite = Suite(cells=cells, seeds=(0, 1))
-    assert "better than" not in summary(suite, outcomes)
+    assert "published" not in summary(suite, outcomes)
     write_results(tmp_path / "out", suite, outcomes[:2], "")
     assert "## Beside" not in (tmp_path / "out" / "results.md").read_text()
 

@@ -67,7 +67,7 @@ def test_equal_or_missing_published_numbers_make_no_pair():
 def test_missing_runs_and_single_seeds_are_undecided_with_the_reason():
     ours = {"a": None, "b": Estimate(1.0, None, 1), "c": Estimate(5.0, 0.1, 2)}
     reasons = [one.reason for one in verdicts(suite(a=1.0, b=2.0, c=3.0), ours)]
-    assert reasons == ["a has no finished run"] * 2 + ["b has one seed, so no interval"]
+    assert reasons == ["a cell has no finished run"] * 2 + ["a cell has one seed, so no interval"]
 
 
 def test_intervals_that_touch_are_undecided():
