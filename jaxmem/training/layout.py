@@ -89,7 +89,9 @@ class Layout:
             if len(names) == 1:
                 single[names[0]] = stacked[key]
             else:
-                single.update((name, stacked[key][i]) for i, name in enumerate(names))
+                # One split: indices one by one would each get a gradient as large as the whole.
+                parts = jax.lax.split(stacked[key], [1] * len(names), axis=0)
+                single.update((n, jnp.squeeze(x, 0)) for n, x in zip(names, parts, strict=True))
         return {name: single[name] for name in self.shapes}
 
     def map_shapes(self, fn: Callable[[tuple[int, ...]], T]) -> dict[str, T]:
