@@ -101,6 +101,7 @@ def _draw(
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         key=jax.random.key(options.seed),
+        begin_of_text=run.config.data.begin_of_text,
         stop=options.stop,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
     )
@@ -124,6 +125,7 @@ def _search(options: SampleOptions, run: "LoadedRun", prompts: list[str]) -> Non
             beams=options.beams,
             max_new_tokens=options.max_new_tokens,
             length_power=options.length_power,
+            begin_of_text=run.config.data.begin_of_text,
             stop=options.stop,
         )
         for place, text in enumerate(texts[: options.num_samples]):

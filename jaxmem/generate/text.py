@@ -37,6 +37,22 @@ def first_tokens(tokenizer: Tokenizer) -> np.ndarray:
         ) from error
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, begin_of_text: bool = False) -> np.ndarray:
+    """Return what a model reads before it writes, int32 [N], N >= 1.
+
+    Args:
+      tokenizer: of the model.
+      prompt: any text; an empty one without a beginning-of-text token starts from `first_tokens`.
+      begin_of_text: whether the model was trained on texts that begin with that token.
+
+    Raises:
+      DataError: the prompt holds characters that the vocabulary lacks.
+    """
+    if begin_of_text:
+        return np.asarray([tokenizer.begin_of_text, *tokenizer.encode(prompt)], np.int32)
+    return tokenizer.encode(prompt) if prompt else first_tokens(tokenizer)
+
+
 class _Row:
     """The text of one row as it grows; holds back what a later token could still change."""
 
@@ -85,14 +101,15 @@ def generate_text(
     max_new_tokens: int,
     sampling: Sampling,
     key: PRNGKeyArray,
+    begin_of_text: bool = False,
     stop: Sequence[str] = (),
     on_text: OnText | None = None,
 ) -> list[str]:
     """Continue every prompt; see ``engine.generate`` for lengths, streams and restarts.
 
-    An empty prompt starts from the end-of-text token if the vocabulary has one, else from a
-    newline. A row ends before the earliest stop string in its text, at an end-of-text token, or
-    after ``max_new_tokens``.
+    An empty prompt starts from the beginning-of-text token if the model was trained so, else from
+    the end-of-text token if the vocabulary has one, else from a newline. A row ends before the
+    earliest stop string in its text, at an end-of-text token, or after ``max_new_tokens``.
 
     Args:
       model: a decoder, or its ``nnx.split``.
@@ -101,6 +118,7 @@ def generate_text(
       max_new_tokens: the most tokens to add to each row.
       sampling: how to choose a token.
       key: the source of all randomness.
+      begin_of_text: whether the model's texts began with the beginning-of-text token.
       stop: strings that end a row; they are not part of the result.
       on_text: called with the row and its new text whenever some has become certain.
 
@@ -110,7 +128,7 @@ def generate_text(
     Raises:
       DataError: a prompt holds characters that the vocabulary lacks.
     """
-    encoded = [tokenizer.encode(p) if p else first_tokens(tokenizer) for p in prompts]
+    encoded = [prompt_tokens(tokenizer, prompt, begin_of_text) for prompt in prompts]
     rows = [_Row(tokenizer.decode, stop) for _ in prompts]
 
     def show(row: int, piece: str) -> None:
@@ -146,6 +164,7 @@ def search_text(
     beams: int,
     max_new_tokens: int,
     length_power: float = 0.0,
+    begin_of_text: bool = False,
     stop: Sequence[str] = (),
 ) -> list[str]:
     """Find the continuations with the highest scores; see `jaxmem.generate.beam.beam_search`.
@@ -157,6 +176,7 @@ def search_text(
       beams: hypotheses that are followed, and the most that are returned.
       max_new_tokens: the most tokens of a continuation.
       length_power: 0 ranks by probability, 1 by the mean log-probability of a token.
+      begin_of_text: whether the model's texts began with the beginning-of-text token.
       stop: strings of one token each that end a continuation, besides the end-of-text token.
 
     Returns:
@@ -177,7 +197,7 @@ def search_text(
         stop_tokens += tokens
     found = beam_search(
         model,
-        tokenizer.encode(prompt) if prompt else first_tokens(tokenizer),
+        prompt_tokens(tokenizer, prompt, begin_of_text),
         beams=beams,
         max_new_tokens=max_new_tokens,
         length_power=length_power,

@@ -183,22 +183,22 @@ class LanguageModeling(Task):
         return generate_text(
             model,
             self.tokenizer,
-            [_start(self.tokenizer)] * number,
+            [self._start()] * number,
             max_new_tokens=tokens,
             sampling=Sampling(temperature=TEMPERATURE),
             key=key,
+            begin_of_text=self.data.begin_of_text,
         )
 
+    def _start(self) -> str:
+        """Return the empty prompt, or the first token's text where an empty one is impossible."""
+        from jaxmem.generate.text import prompt_tokens
 
-def _start(tokenizer: Any) -> str:
-    """Return the empty prompt, or the first token's text where an empty one is not possible."""
-    from jaxmem.generate.text import first_tokens
-
-    try:
-        first_tokens(tokenizer)
-    except DataError:
-        return tokenizer.decode([0])
-    return ""
+        try:
+            prompt_tokens(self.tokenizer, "", self.data.begin_of_text)
+        except DataError:
+            return self.tokenizer.decode([0])
+        return ""
 
 
 def fingerprint(corpus: Any) -> str:

@@ -10,7 +10,7 @@ from jaxmem.errors import ConfigError, DataError
 from jaxmem.generate import text
 from jaxmem.generate.beam import beam_search
 from jaxmem.generate.sampling import Sampling
-from jaxmem.generate.text import first_tokens, generate_text, search_text
+from jaxmem.generate.text import first_tokens, generate_text, prompt_tokens, search_text
 from tests.unit.generate.stand_in import StandIn, StandInConfig
 
 TOKENIZER = CharTokenizer("\nabcdefghi")
@@ -63,6 +63,22 @@ def test_empty_prompt_prefers_end_of_text():
 
     assert first_tokens(WithEnd()).tolist() == [7]
     assert first_tokens(ByteTokenizer()).tolist() == [10]
+
+
+def test_prompts_begin_as_the_texts_of_training_did(model):
+    class WithBegin(CharTokenizer):
+        begin_of_text = 4
+
+    tokenizer = WithBegin("\nabcdefghi")
+    assert prompt_tokens(tokenizer, "ab").tolist() == [1, 2]
+    assert prompt_tokens(tokenizer, "ab", begin_of_text=True).tolist() == [4, 1, 2]
+    assert prompt_tokens(tokenizer, "", begin_of_text=True).tolist() == [4]
+    texts = generate_text(model, tokenizer, ["ab", "dab"], begin_of_text=True, **ARGS)
+    same = generate_text(model, TOKENIZER, ["dab", "ddab"], **ARGS)
+    assert texts == same  # the token 4 is the letter d
+    kwargs = {"beams": 2, "max_new_tokens": 5}
+    found = search_text(model, tokenizer, "ab", begin_of_text=True, **kwargs)
+    assert found == search_text(model, TOKENIZER, "dab", **kwargs)
 
 
 def test_empty_prompt_without_a_start_is_explained():
