@@ -52,14 +52,15 @@ def main(args: list[str]) -> int:
 
 
 def _of_text(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
-    """Measure a language model on every token of the split."""
+    """Measure a language model on every token of the split, or on its documents' beginnings."""
     from jaxmem.data.pipeline import load_corpus
     from jaxmem.reports.evaluation import evaluate
     from jaxmem.tasks.language_modeling import LanguageModelingConfig
 
-    task = run.config.task
-    corpus = load_corpus(_moved(run.config.data, options.data_path), run.tokenizer)
-    micro_batch = run.config.data.batch_size // run.config.optim.accumulate
+    task, data = run.config.task, run.config.data
+    corpus = load_corpus(_moved(data, options.data_path), run.tokenizer)
+    sampling = "documents" if data.sampling == "documents" else "windows"
+    micro_batch = data.batch_size // run.config.optim.accumulate
     found = evaluate(
         run.model,
         corpus,
@@ -67,8 +68,11 @@ def _of_text(run: "LoadedRun", options: EvaluateOptions) -> dict[str, Any]:
         context_len=run.config.model.context_len,
         batch_size=options.batch_size or micro_batch,
         skip_tokens=task.skip_tokens if isinstance(task, LanguageModelingConfig) else 0,
+        sampling=sampling,
+        begin_of_text=data.begin_of_text,
     )
     about = {"context_len": run.config.model.context_len, "data": corpus.description}
+    about["sampling"] = sampling
     return about | found.to_dict()
 
 
@@ -118,8 +122,8 @@ def _keep(path: Path, result: dict[str, Any]) -> None:
 def _text(folder: Path, result: dict[str, Any]) -> str:
     if "windows" in result:
         size = (
-            f"{result['tokens']:,} tokens in {result['windows']:,} windows of "
-            f"{result['context_len']}"
+            f"{result['tokens']:,} tokens in {result['windows']:,} {result['sampling']} of "
+            f"{'at most ' if result['sampling'] == 'documents' else ''}{result['context_len']}"
         )
         names = ("loss", "perplexity", "bits_per_token", "bits_per_character", "bits_per_byte")
     else:

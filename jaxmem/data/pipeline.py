@@ -247,13 +247,24 @@ def _rows(
 
 
 def sequential_batches(
-    corpus: Corpus, split: str, *, context_len: int, batch_size: int
+    corpus: Corpus,
+    split: str,
+    *,
+    context_len: int,
+    batch_size: int,
+    sampling: str = "windows",
+    begin_of_text: bool = False,
 ) -> Iterator[Batch]:
-    """Iterate once over non-overlapping windows; each token but the first is a target once.
+    """Iterate once over a split; all batches have the shape [batch_size, context_len].
 
-    The last window and the last batch are filled up with tokens 0 and targets -1, so all batches
-    have the shape [batch_size, context_len].
+    windows: non-overlapping ones, each token but the first is a target once. documents: the rows
+    of `batches`, each once and in order. What is left of the last window and the last batch is
+    filled up with tokens 0 and targets -1.
     """
+    if sampling == "documents":
+        number, row = _rows(corpus, split, sampling, context_len, begin_of_text)
+        yield from _in_order(number, row, batch_size)
+        return
     tokens = corpus.tokens(split)
     span = context_len * batch_size
     for first in range(0, len(tokens) - 1, span):
@@ -264,6 +275,17 @@ def sequential_batches(
         targets[: len(piece) - 1] = piece[1:]
         shape = (batch_size, context_len)
         yield {"tokens": inputs.reshape(shape), "targets": targets.reshape(shape)}
+
+
+def _in_order(number: int, row: Callable[[int], Batch], batch_size: int) -> Iterator[Batch]:
+    for first in range(0, number, batch_size):
+        rows = [row(index) for index in range(first, min(first + batch_size, number))]
+        batch = {name: np.stack([one[name] for one in rows]) for name in ("tokens", "targets")}
+        missing = ((0, batch_size - len(rows)), (0, 0))
+        yield {
+            "tokens": np.pad(batch["tokens"], missing),
+            "targets": np.pad(batch["targets"], missing, constant_values=-1),
+        }
 
 
 class _Windows:

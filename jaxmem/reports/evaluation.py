@@ -28,7 +28,7 @@ class Evaluation:
     tokens: int
     """Scored tokens."""
     windows: int
-    """Non-overlapping windows, each seen without the one before it."""
+    """Non-overlapping windows, each seen without the one before it, or documents."""
     tokens_per_character: float | None
     """None where the text of the split is not known."""
     tokens_per_byte: float | None
@@ -62,8 +62,12 @@ def evaluate(
     context_len: int,
     batch_size: int,
     skip_tokens: int = 0,
+    sampling: str = "windows",
+    begin_of_text: bool = False,
 ) -> Evaluation:
     """Score every token of a split but the first, in windows of ``context_len``.
+
+    With sampling="documents", score the beginning of every document instead, as in training.
 
     The interval treats the windows as independent draws: it is that of a ratio of sums,
     loss ± 1.96 sqrt(W/(W-1) Σ_w (s_w - loss n_w)²) / Σ_w n_w over the W windows with summed losses
@@ -77,6 +81,8 @@ def evaluate(
       context_len: tokens per window.
       batch_size: windows per call of the model; changes nothing but speed and memory.
       skip_tokens: first positions of each window that are not scored.
+      sampling: windows or documents; see `jaxmem.data.pipeline.sequential_batches`.
+      begin_of_text: whether documents begin with the vocabulary's beginning-of-text token.
     """
     graphdef, params = nnx.split(model)
 
@@ -86,7 +92,14 @@ def evaluate(
         return jax.vmap(cross_entropy_sum)(logits, batch["targets"][:, None, skip_tokens:])
 
     sums, counts = [], []
-    for batch in sequential_batches(corpus, split, context_len=context_len, batch_size=batch_size):
+    for batch in sequential_batches(
+        corpus,
+        split,
+        context_len=context_len,
+        batch_size=batch_size,
+        sampling=sampling,
+        begin_of_text=begin_of_text,
+    ):
         batch_sums, batch_counts = jax.device_get(score(params, batch))
         sums.append(batch_sums)
         counts.append(batch_counts)

@@ -12,7 +12,7 @@ import tokenizers
 from flax import nnx
 
 import configs
-from experiments import cli
+from experiments import cli, evaluate, sample
 from jaxmem.backbones.base import with_vocabulary
 from jaxmem.data.pipeline import batches, load_corpus
 from jaxmem.data.shards import HoldOut
@@ -133,7 +133,7 @@ def llama_like(tmp_path):
 
 
 @pytest.mark.usefixtures("cache")
-def test_the_recipe_trains_on_compressed_documents(tmp_path, llama_like):
+def test_the_recipe_trains_on_compressed_documents(capsys, tmp_path, llama_like):
     rng = random.Random(0)
     words = ["Tim", "Sue", "had", "a", "red", "ball", '"Hi!"', "said", "and", "ran"]
     texts = [" ".join(rng.choices(words, k=rng.randrange(1, 40))) for _ in range(120)]
@@ -177,6 +177,14 @@ def test_the_recipe_trains_on_compressed_documents(tmp_path, llama_like):
     train(config)
     losses = [row["val_loss"] for row in read_metrics(tmp_path / "run") if "val_loss" in row]
     assert losses[-1] < losses[0] - 0.5
+
+    capsys.readouterr()
+    assert evaluate.main(["--run", str(tmp_path / "run")]) == 0
+    count = len(corpus.documents("validation"))
+    assert f" tokens in {count} documents of at most 32" in capsys.readouterr().out
+    prompt = ["--prompt", "Tim", "--num-samples", "2", "--max-new-tokens", "5"]
+    assert sample.main(["--run", str(tmp_path / "run"), *prompt]) == 0
+    assert capsys.readouterr().out.count("--- prompt 1, sample") == 2
 
 
 def test_without_a_text_or_a_vocabulary_it_says_so(tmp_path, monkeypatch):

@@ -242,3 +242,18 @@ def test_sequential_batches_score_every_token_once(corpus, context_len):
     np.testing.assert_array_equal(targets[scored], tokens[1:])
     np.testing.assert_array_equal(inputs[scored], tokens[:-1])
     assert not inputs[~scored].any()
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_sequential_documents_are_the_rows_of_training_once(corpus, begin):
+    both = Corpus(corpus._source, WithBothEnds(corpus.tokenizer.characters))
+    options = {"sampling": "documents", "begin_of_text": begin}
+    found = list(sequential_batches(both, "train", context_len=16, batch_size=5, **options))
+    count = len(both.documents("train"))
+    assert count % 5  # the last batch is not full
+    names = ("tokens", "targets")
+    rows = [tuple(b[name][i].tolist() for name in names) for b in found for i in range(5)]
+    drawn = take(start(both, "documents", batch_size=1, begin_of_text=begin), count)
+    trained = [tuple(b[name][0].tolist() for name in names) for b in drawn]
+    assert sorted(rows[:count]) == sorted(trained)
+    assert rows[count:] == [([0] * 16, [-1] * 16)] * (len(rows) - count)
