@@ -35,11 +35,15 @@ _REMEDIES = {
 _COMMON = {
     "--config": "a preset's name, a .py file that defines `config`, or a saved config.json",
     "--mixer": "replace the mixer family; fields of the same name are carried over",
+    "--feed-forward": "replace the family of the feed-forward layers likewise",
     "--list": "the presets and mixers, and stop",
     "--print-config": "the resolved configuration as JSON, its difference to the preset, and stop",
     "--help": "every field of the chosen preset, and stop",
     "--debug": "show the traceback of a user error",
 }
+
+_SLOTS = {"--mixer": "mixer", "--feed-forward": "feed_forward"}
+"""Flags that replace the family in a slot of every block."""
 
 T = TypeVar("T")
 
@@ -110,7 +114,7 @@ def pop_value(args: list[str], name: str) -> str | None:
 
 
 def parse_run(args: list[str], prog: str) -> Parsed:
-    """Parse ``--config``, ``--mixer`` and the dotted overrides; stop here for --help and the like.
+    """Parse ``--config``, families and the dotted overrides; stop here for --help and the like.
 
     Raises:
       ConfigError: no preset is named, an argument cannot be parsed, or values do not fit together.
@@ -123,14 +127,16 @@ def parse_run(args: list[str], prog: str) -> Parsed:
             print(usage(prog))
             sys.exit(0)
         raise ConfigError(_no_config(args))
-    mixer = pop_value(args, "--mixer")
+    families = {slot: pop_value(args, flag) for flag, slot in _SLOTS.items()}
     print_config = pop_flag(args, "--print-config")
     import configs
 
     preset = configs.load(name)
-    default = preset if mixer is None else with_mixer(preset, mixer)
-    if mixer is not None:
-        _say_replaced(preset, default)
+    default = preset
+    for slot, family in families.items():
+        if family is not None:
+            default = with_family(default, slot, family)
+            _say_replaced(slot, preset, default)
     config = parse(
         type(preset),
         args,
@@ -163,36 +169,35 @@ def parse(
     return parsing.parse(kind, args, prog=prog, default=default, description=description)
 
 
-def with_mixer(preset: "RunConfig", name: str) -> "RunConfig":
-    """Replace the mixer of every block by the family ``name`` with its defaults.
+def with_family(preset: "RunConfig", slot: str, name: str) -> "RunConfig":
+    """Replace what every block has in ``slot`` by the family ``name`` with its defaults.
 
     Fields that both families have (the number of heads, the dropout) keep the preset's values.
 
     Raises:
-      UnknownName: there is no such mixer.
-      ConfigError: the preset's model has no slot for one.
+      UnknownName: there is no such family.
+      ConfigError: the preset's model has nothing in the slot.
     """
     from jaxmem.mixers.base import config_class
 
-    old, new = getattr(preset.model, "mixer", None), config_class(name)
+    old, new = getattr(preset.model, slot, None), config_class(name)
     if old is None:
         raise ConfigError(
-            f"--mixer {name}: the model of {preset.run.name or 'this config'} has no mixer to "
-            "replace. Choose a preset with a decoder."
+            f"{name}: the model of {preset.run.name or 'this config'} has no {slot} to replace. "
+            "Choose a preset with a decoder."
         )
     shared = {f.name for f in dataclasses.fields(old)} & {f.name for f in dataclasses.fields(new)}
     model: Any = preset.model
-    mixer = new(**{field: getattr(old, field) for field in shared})
-    return dataclasses.replace(preset, model=dataclasses.replace(model, mixer=mixer))
+    family = new(**{field: getattr(old, field) for field in shared})
+    return dataclasses.replace(preset, model=dataclasses.replace(model, **{slot: family}))
 
 
-def _say_replaced(preset: "RunConfig", config: "RunConfig") -> None:
-    """Name what --mixer replaced: a mixer that sees no other token leaves a model that cannot."""
+def _say_replaced(slot: str, preset: "RunConfig", config: "RunConfig") -> None:
+    """Name what was replaced: a mixer that sees no other token leaves a model that cannot."""
     from jaxmem.mixers.base import config_name
 
-    models: tuple[Any, Any] = (preset.model, config.model)
-    old, new = (config_name(type(model.mixer)) for model in models)
-    print(f"note: model.mixer: {old} -> {new}", file=sys.stderr)
+    old, new = (config_name(type(getattr(run.model, slot))) for run in (preset, config))
+    print(f"note: model.{slot}: {old} -> {new}", file=sys.stderr)
 
 
 def usage(prog: str) -> str:

@@ -131,6 +131,7 @@ def test_a_python_file_is_a_preset(capsys, tmp_path):
         (["--config"], ["--config needs a value"]),
         (["--config", "mm_tiny", "--config=gpt_tiny"], ["2 times", "mm_tiny, gpt_tiny"]),
         (["--config", "mm_tiny", "--mixer", "mah"], ["'mah'", "mha"]),
+        (["--config", "mm_tiny", "--feed-forward=mlpp"], ["'mlpp'", "mlp"]),
         (["--config", "mm_tiny", "--model.dmi", "3"], ["--model.dmi", "--model.dim"]),
         (["--config", "mm_tiny", "--model.dim", "wide"], ["--model.dim", "'wide'"]),
         (
@@ -192,6 +193,13 @@ def test_a_replaced_mixer_is_named(capsys):
     assert "note: model.mixer: contextual_memory -> mlp" in err
     _, err = printed_config(capsys, "--config", "mm_tiny")
     assert "note:" not in err
+
+
+def test_the_feed_forward_type_is_a_flag(capsys):
+    gelu = ("--feed-forward", "mlp", "--model.feed-forward.hidden-mult", "2")
+    config, err = printed_config(capsys, "--config", "two_mamba_2mamba_tiny", *gelu)
+    assert "note: model.feed_forward: swiglu -> mlp" in err
+    assert (config.model.feed_forward.hidden_mult, config.model.mixer.kernel) == (2, "pow2")
 
 
 @pytest.mark.parametrize(
