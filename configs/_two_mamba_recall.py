@@ -1,5 +1,8 @@
 """What the presets of one task share: they differ in the mixer only."""
 
+import dataclasses
+
+from configs._two_mamba_text import RECIPE
 from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.data.config import DataConfig
 from jaxmem.data.recall import RecallShape
@@ -8,10 +11,11 @@ from jaxmem.mixers.swiglu import SwiGLUConfig
 from jaxmem.tasks.associative_recall import AssociativeRecallConfig
 from jaxmem.tasks.needle import NeedleConfig
 from jaxmem.training.config import RunConfig, RunOptions
-from jaxmem.training.optim import OptimConfig
 
 SLOW_DECAYS = {"decay": "neg_softplus_dt", "dt_bias": True}
 """The paper's decay times a step as in Mamba-2, which starts between 0.001 and 0.1."""
+OPTIM = dataclasses.replace(RECIPE, lr=4e-3, warmup_steps=50, decay_steps=0, clip_norm=1.0)
+"""That of the small language models, at a higher rate."""
 
 
 def multi_query_recall(mixer: MixerConfig) -> RunConfig:
@@ -21,7 +25,7 @@ def multi_query_recall(mixer: MixerConfig) -> RunConfig:
         model=_decoder(mixer, context_len=96),
         task=AssociativeRecallConfig(rows=rows, lengths=(96, 192)),
         data=DataConfig(batch_size=32),
-        optim=_optim(),
+        optim=OPTIM,
         run=RunOptions(steps=600, eval_every=100, eval_batches=16, seed=0),
     )
 
@@ -36,8 +40,8 @@ def needle(mixer: MixerConfig) -> RunConfig:
         model=_decoder(mixer, context_len=128),
         task=NeedleConfig(lengths=(64, 128, 256, 512)),
         data=DataConfig(batch_size=32),
-        optim=_optim(),
-        run=RunOptions(steps=1500, eval_every=250, eval_batches=8, seed=0),
+        optim=OPTIM,
+        run=RunOptions(steps=3000, eval_every=500, eval_batches=8, seed=0),
     )
 
 
@@ -52,7 +56,3 @@ def _decoder(mixer: MixerConfig, *, context_len: int) -> DecoderConfig:
         init="uniform",
         tie_embedding=False,
     )
-
-
-def _optim() -> OptimConfig:
-    return OptimConfig(lr=4e-3, min_lr=0.0, schedule="linear", warmup_steps=50)

@@ -171,11 +171,10 @@ def compare(suite: Suite, outcomes: Sequence[Outcome]) -> str:
         f"{sum(one.verdict == name for one in found)} {name}"
         for name in ("agree", "disagree", "undecided")
     ]
-    lines = [
-        f"- paper, best first: {published_order(suite)}",
-        f"- ours, best first: {our_order(suite, estimates)}",
-        f"- of {len(found)} published orders of two cells: {', '.join(counts)}",
-    ]
+    lines = [f"- of {len(found)} published orders of two cells: {', '.join(counts)}"]
+    if any(cell.published is not None for cell in suite.cells):
+        lines.insert(0, f"- ours, best first: {our_order(suite, estimates)}")
+        lines.insert(0, f"- paper, best first: {published_order(suite)}")
     lines += [
         f"- {name}: {'; '.join(pairs)}"
         for name, pairs in (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
 
-from jaxmem.reports.sweep_suite import Cell, Suite
+from jaxmem.reports.sweep_suite import Suite
 
 CONFIDENCE = 0.95
 OVERLAP = "the intervals overlap"
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
     """What our means say about one published order."""
 
     better: str
-    """Label of the cell whose published number is the better one."""
+    """Label of the cell that is published as the better one."""
     worse: str
     verdict: Literal["agree", "disagree", "undecided"]
     reason: str
@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(suite: Suite, estimates: Mapping[str, Estimate | None]) -> list[Verdict]:
-    """Compare our order with the published one, for every pair whose published numbers differ.
+    """Compare our order with the published one: of numbers that differ, and of the suite's claims.
 
     Means whose intervals share a point are undecided. That is careful: a test of the difference
     finds some of these pairs different.
@@ -70,14 +70,14 @@ def verdicts(suite: Suite, estimates: Mapping[str, Estimate | None]) -> list[Ver
     for (a, first), (b, second) in combinations(published, 2):
         if a != b:
             better, worse = (first, second) if a < b else (second, first)
-            found.append(_verdict(better, worse, estimates, sign))
-    return found
+            found.append(_verdict(better.label, worse.label, estimates, sign))
+    return found + [_verdict(*claim, estimates, sign) for claim in suite.claims]
 
 
 def _verdict(
-    better: Cell, worse: Cell, estimates: Mapping[str, Estimate | None], sign: int
+    better: str, worse: str, estimates: Mapping[str, Estimate | None], sign: int
 ) -> Verdict:
-    labels = (better.label, worse.label)
+    labels = (better, worse)
     ours = [estimates[label] for label in labels]
     if None in ours:
         return Verdict(*labels, "undecided", "a cell has no finished run")

@@ -70,6 +70,8 @@ class Suite:
     """Field of metrics.jsonl, read after the last update."""
     direction: Literal["lower", "higher"] = "lower"
     """Which value of the metric is better."""
+    claims: tuple[tuple[str, str], ...] = ()
+    """Labels (better, worse) of orders that are published in words, not in numbers."""
 
     def __post_init__(self) -> None:
         if not self.cells or not self.seeds:
@@ -81,6 +83,12 @@ class Suite:
                 raise ConfigError(f"A suite has the {what} {twice[0]} more than once.")
         if min(self.seeds) < 0:
             raise ConfigError(f"A suite has the seed {min(self.seeds)}. Use 0 or more.")
+        unknown = {label for claim in self.claims for label in claim} - set(labels)
+        if unknown:
+            raise ConfigError(
+                f"A suite claims something of {', '.join(sorted(unknown))}, which is none of its "
+                f"cells. The labels are {', '.join(labels)}."
+            )
         if self.direction not in ("lower", "higher"):
             raise ConfigError(
                 f"A suite has direction={self.direction!r}. Say whether 'lower' or 'higher' values "

@@ -1,6 +1,7 @@
 """What people write without a special op, and single forms of ops that choose between several."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,13 +114,19 @@ def squared_by_pairs(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
     y, total = similarity_sums(
         jnp.square, pairs, scale=q.shape[-1] ** -0.5, precision=None, in_row=True
     )
-    return (y / total[..., None]).astype(v.dtype)
+    return _divided(y, total).astype(v.dtype)
 
 
 def normalised(read: LinearRead) -> Array:
     """Return the mean of the values from the sums that a call with totals returns."""
-    assert read.total is not None
-    return read.y / read.total[..., None]
+    total: Any = read.total
+    return _divided(read.y, total)
+
+
+def _divided(y: Array, total: Array) -> Array:
+    """Return y over the sums of weights, 0 where these are 0, as the layers do."""
+    some = total != 0.0
+    return jnp.where(some[..., None], y, 0.0) / jnp.where(some, total, 1.0)[..., None]
 
 
 def squared_by_chunks(q: Array, k: Array, v: Array, log_decay: Array, *, chunk_size: int) -> Array:

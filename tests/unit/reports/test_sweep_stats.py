@@ -1,5 +1,6 @@
 """Means over seeds, their intervals, and the order of cells beside the published one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -64,6 +65,13 @@ def test_equal_or_missing_published_numbers_make_no_pair():
     assert verdicts(suite(a=1.0, b=1.0, c=None), ours) == []
 
 
+def test_claims_without_numbers_are_judged_too():
+    ours = {"a": Estimate(1.0, 0.1, 3), "b": Estimate(2.0, 0.1, 3)}
+    claimed = dataclasses.replace(suite(a=None, b=None), claims=(("b", "a"), ("a", "b")))
+    found = [one[:3] for one in verdicts(claimed, ours)]
+    assert found == [("b", "a", "disagree"), ("a", "b", "agree")]
+
+
 def test_missing_runs_and_single_seeds_are_undecided_with_the_reason():
     ours = {"a": None, "b": Estimate(1.0, None, 1), "c": Estimate(5.0, 0.1, 2)}
     reasons = [one.reason for one in verdicts(suite(a=1.0, b=2.0, c=3.0), ours)]
@@ -97,6 +105,10 @@ def test_orders_are_told_best_first():
         (lambda: Suite(cells=(Cell(label="a", preset="p"),) * 2, seeds=(0,)), "label a more"),
         (lambda: Suite(cells=(Cell(label="a", preset="p"),), seeds=(1, 2, 1)), "seed 1 more"),
         (lambda: Suite(cells=(Cell(label="a", preset="p"),), seeds=(-1,)), "seed -1"),
+        (
+            lambda: dataclasses.replace(suite(a=1.0), claims=(("a", "z"),)),
+            "something of z, which is none",
+        ),
         (lambda: suite("down", a=1.0), "direction='down'"),
     ],
 )
