@@ -23,8 +23,8 @@ class ExportOptions:
     which: Literal["best", "last"] = "best"
     """The checkpoint of the lowest validation loss, or the newest one."""
     names: str = "auto"
-    """Whose names: jaxmem (ours), nano_mosaic, library, library_eft or gpt; auto takes those of a
-    release that computes what the model does, and ours if there is none."""
+    """Whose names: jaxmem (ours), or a release of `jaxmem.interop.families.FAMILIES`; auto takes
+    those of a release that computes what the model does, and ours if there is none."""
 
 
 def main(args: list[str]) -> int:

@@ -71,8 +71,10 @@ class DecoderConfig(ModelConfig):
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time, the same result."""
     scan_layers: bool = False
-    """Compile the blocks once instead of `depth` times: the same result and checkpoints. Calls with
-    a state (generation) do not, for they would copy all caches at each token."""
+    """Compile the blocks once instead of `depth` times: the same result and checkpoints. Each call
+    stacks the parameters of all blocks, and the backward pass their gradients, so that twice the
+    size of the blocks is added to the memory of a training step. Calls with a state (generation)
+    compile every block, for they would copy all caches at each token."""
 
     def __post_init__(self) -> None:
         """Check sizes and that both slots can be built at this width."""
@@ -215,10 +217,10 @@ class Decoder(nnx.Module):
                 jnp.zeros((*tokens.shape, self.config.vocab_size), wide), state, {}
             )
         counted, state_after = self._count(tokens, state, segment_ids)
-        positions = counted if positions is None else positions
-        x = self._embed(tokens, positions)
+        x = self._embed(tokens, counted if positions is None else positions)
         x = dropout(x, self.config.dropout, rngs)
         before = None if state is None else state.blocks
+        # Mixers count their own positions: told of them, they could not see that rows are alike.
         ids = {"segment_ids": segment_ids, "positions": positions}
         x, states, aux = self._run(x, before, ids, rngs=rngs, form=form)
         head = self.embedding if self.head is None else self.head

@@ -14,8 +14,8 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
+from jaxmem.data.scored import NOT_SCORED, ScoredRows
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.errors import ConfigError
 
@@ -33,8 +33,6 @@ QUALITIES = (
     "blue", "bright", "cold", "dark", "dry", "far", "green", "grey", "high", "long", "new", "old",
     "quiet", "red", "small", "warm", "white", "wide",
 )  # fmt: skip
-NOT_SCORED = -1
-"""Target of a character whose successor is not asked for."""
 
 TOKENIZER = CharTokenizer.from_text(
     "".join((*SUBJECTS, *QUALITIES, NEEDLE.format(key="0123456789"), QUESTION))
@@ -55,14 +53,6 @@ class Prompt(NamedTuple):
     key: str
 
 
-class NeedleRows(NamedTuple):
-    """Prompts with their answers, filled up on the right."""
-
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]
-    """The characters of the answer, `NOT_SCORED` elsewhere."""
-
-
 def draw_prompt(rng: np.random.Generator, length: int, depth: float) -> Prompt:
     """Draw a prompt of `length` characters with its key at a depth of the haystack, 0 to 1.
 
@@ -81,7 +71,7 @@ def draw_prompt(rng: np.random.Generator, length: int, depth: float) -> Prompt:
     return Prompt(f"{haystack[:place]}{needle}{haystack[place:]}{QUESTION}", key)
 
 
-def draw_rows(rng: np.random.Generator, rows: int, length: int) -> NeedleRows:
+def draw_rows(rng: np.random.Generator, rows: int, length: int) -> ScoredRows:
     """Draw rows of `length` characters to train on.
 
     A row is a prompt of any length that fits, with its answer, and says its key several times: each
@@ -106,7 +96,7 @@ def draw_rows(rng: np.random.Generator, rows: int, length: int) -> NeedleRows:
         row[: len(ids) - 1] = ids[:-1]
         for start in starts:
             scored[start - 1 : start - 1 + ANSWER] = ids[start : start + ANSWER]
-    return NeedleRows(tokens, targets)
+    return ScoredRows(tokens, targets)
 
 
 def is_right(continuation: str, key: str) -> bool:

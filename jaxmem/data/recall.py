@@ -14,18 +14,15 @@ Reference: the needle in a haystack of RULER (arXiv 2404.06654) and the associat
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
 
+from jaxmem.data.scored import NOT_SCORED, ScoredRows
 from jaxmem.errors import ConfigError, unknown_name
 
 Layout = Literal["scattered", "adjacent"]
 LAYOUTS: tuple[Layout, ...] = ("scattered", "adjacent")
-
-NOT_SCORED = -1
-"""Target of a token whose successor is not asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,16 +69,8 @@ class RecallShape:
         return 2 * (self.pairs + self.questions) - 1
 
 
-class RecallRows(NamedTuple):
-    """Rows of associative recall."""
-
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]
-    """The value at the key of each question, `NOT_SCORED` elsewhere."""
-
-
-def draw_rows(rng: np.random.Generator, rows: int, length: int, shape: RecallShape) -> RecallRows:
-    """Draw rows of `length` tokens.
+def draw_rows(rng: np.random.Generator, rows: int, length: int, shape: RecallShape) -> ScoredRows:
+    """Draw rows of `length` tokens, of which the keys of questions are scored.
 
     Raises:
       ConfigError: facts and questions do not fit.
@@ -112,7 +101,7 @@ def draw_rows(rng: np.random.Generator, rows: int, length: int, shape: RecallSha
     tokens[:, haystack::2], tokens[:, haystack + 1 :: 2] = keys[row, order], values[row, order]
     targets = np.full((rows, length), NOT_SCORED, np.int32)
     targets[:, haystack::2] = values[row, order]
-    return RecallRows(tokens[:, :-1], targets)
+    return ScoredRows(tokens[:, :-1], targets)
 
 
 def _distinct(rng: np.random.Generator, rows: int, size: int, count: int) -> np.ndarray:

@@ -2,15 +2,17 @@
 
 The first paper's names are a table, with its unlisted types and, for the two that upstream gets
 wrong, the intended form beside it. Those of the second are read by a parser:
-`kernel__norm(__addition)*`. `softmax` is a name in both, with other rotary positions.
+`kernel__norm(__addition)*`. `softmax` is a name in both, with other rotary positions; `mamba` is
+the one name that is no row, but the layer `jaxmem.mixers.mamba2`.
 
 Reference: the README's attention types and the configurations of 2Mamba2Furious (arXiv 2507.23632,
   arXiv 2602.17363).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args, overload
 
-from jaxmem.errors import unknown_name
+from jaxmem.errors import ConfigError, UnknownName, unknown_name
+from jaxmem.mixers.mamba2 import Mamba2Config
 from jaxmem.mixers.two_mamba import TwoMambaConfig
 
 Paper = Literal["attention", "mamba"]
@@ -134,7 +136,10 @@ MAMBA = (
     "exp__sm_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values",
     "exp__sm_norm__A_mask_type_neg_softplus__in_conv_k_2",
 )
-"""The build-up's names; `mamba`, the 28th, is `jaxmem.mixers.mamba2`."""
+"""The build-up's names that are rows; the 28th is `MAMBA2`."""
+
+MAMBA2 = "mamba"
+"""The build-up's name of the official Mamba-2 block, with one head."""
 
 ALIASES = {
     "mamba2s": "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values",
@@ -149,15 +154,16 @@ _NORMS: dict[str, Fields] = {
     "output_norm": {"norm": "rms_all"},
     "out_norm": {"norm": "rms_all"},
 }
-_ADDITIONS: dict[str, Fields] = {
-    **{f"A_mask_type_{kind}": {"decay": kind} for kind in ("discretize", "neg_softplus")},
-    **{f"in_conv_k_{width}": {"conv": width} for width in (2, 3, 4)},
-    "dt_on_values": {"value": "dt"},
-    "silu": {"feature": "silu"},
-    "ReLU": {"feature": "relu"},
-    "D_res": {"skip": True},
-    "Z_out_gate": {"out_gate": "z"},
+_ADDITIONS: dict[str, tuple[str, Any]] = {
+    **{f"A_mask_type_{kind}": ("decay", kind) for kind in ("discretize", "neg_softplus")},
+    **{f"in_conv_k_{width}": ("conv", width) for width in (2, 3, 4)},
+    "dt_on_values": ("value", "dt"),
+    "silu": ("feature", "silu"),
+    "ReLU": ("feature", "relu"),
+    "D_res": ("skip", True),
+    "Z_out_gate": ("out_gate", "z"),
 }
+"""Part of a name -> the field that it sets, and to what."""
 _IRREGULAR: dict[str, Fields] = {
     "softmax": {"rope": "pairs", "denominator": "sum"},
     "linear": {"kernel": "pow1", "denominator": "sum", "feature": "relu"},
@@ -165,7 +171,7 @@ _IRREGULAR: dict[str, Fields] = {
 
 
 def fields(name: str, paper: Paper = "mamba", *, fixed: bool = False) -> Fields:
-    """Return the fields of a published name.
+    """Return the fields of a published name, which differ from those of plain sums of exp.
 
     Args:
       name: as upstream writes it, or a name of `ALIASES`.
@@ -173,8 +179,17 @@ def fields(name: str, paper: Paper = "mamba", *, fixed: bool = False) -> Fields:
       fixed: for `softmax_taylor_80terms` and `linear_cosine`, what was intended.
 
     Raises:
-      UnknownName: the paper has no such name, or no fixed form of it.
+      UnknownName: there is no such paper, it has no such name, no fixed form of it, or the name is
+        that of Mamba-2, which has other fields.
+      ConfigError: two parts of the name set the same field.
     """
+    if paper not in get_args(Paper):
+        raise unknown_name("paper", paper, get_args(Paper))
+    if fixed and (paper != "attention" or name not in FIXED):
+        raise UnknownName(
+            f"There is no fixed form of {name!r} in the paper {paper!r}. Leave `fixed` out; only "
+            f"{' and '.join(sorted(FIXED))} of the paper 'attention' have one."
+        )
     if paper == "mamba":
         return _PLAIN | _parsed(ALIASES.get(name, name))
     table = FIXED if fixed else ATTENTION | UNLISTED
@@ -183,22 +198,66 @@ def fields(name: str, paper: Paper = "mamba", *, fixed: bool = False) -> Fields:
     return _PLAIN | {"rope": "half"} | table[name]
 
 
+# A name that is no literal is taken for a row, as all names but this one are.
+@overload
+def from_name(  # pyright: ignore[reportOverlappingOverload]
+    name: Literal["mamba"], paper: Literal["mamba"] = "mamba", **more: Any
+) -> Mamba2Config: ...
+@overload
 def from_name(
     name: str, paper: Paper = "mamba", *, fixed: bool = False, **more: Any
-) -> TwoMambaConfig:
-    """Return the config of a published name, with further fields such as `num_heads`."""
+) -> TwoMambaConfig: ...
+def from_name(
+    name: str, paper: Paper = "mamba", *, fixed: bool = False, **more: Any
+) -> TwoMambaConfig | Mamba2Config:
+    """Return the config of a published name, with further fields.
+
+    Args:
+      name: as upstream writes it, or a name of `ALIASES`.
+      paper: whose names these are; `softmax` is in both.
+      fixed: for `softmax_taylor_80terms` and `linear_cosine`, what was intended.
+      **more: fields such as `num_heads`. Those of `mamba` are `head_dim`, the width of its one
+        head, and the other fields of `Mamba2Config`; `ssm_dim=None` makes as many heads as fit.
+
+    Raises:
+      UnknownName: there is no such paper, it has no such name, or no fixed form of it.
+      ConfigError: two parts of the name set the same field, or `num_heads` is given for `mamba`.
+    """
+    if (name, paper, fixed) == (MAMBA2, "mamba", False):
+        return _one_head(**more)
     return TwoMambaConfig(**fields(name, paper, fixed=fixed) | more)
 
 
+def _one_head(*, head_dim: int = Mamba2Config.head_dim, **more: Any) -> Mamba2Config:
+    """Return Mamba-2 as upstream trained it: one head of a head's width, the rest a gated MLP."""
+    if "num_heads" in more:
+        raise ConfigError(
+            f"{MAMBA2!r} is Mamba-2 with one head, found num_heads={more['num_heads']}. Give its "
+            "width, the model's over the heads of the other layers: "
+            f"from_name({MAMBA2!r}, head_dim=64)."
+        )
+    heads: Fields = {"head_dim": head_dim, "ssm_dim": head_dim}
+    return Mamba2Config(**heads | more)
+
+
 def _parsed(name: str) -> Fields:
+    """Return what the parts of a name of the build-up say."""
+    if name == MAMBA2:
+        raise UnknownName(
+            f"{name!r} is Mamba-2, whose fields are others. Use from_name({name!r}, head_dim=64)."
+        )
     if name in _IRREGULAR:
         return _IRREGULAR[name]
-    kernel, norm, *additions = [*name.split("__"), ""] if "__" not in name else name.split("__")
-    tables = (_KERNELS, _NORMS, *(_ADDITIONS for _ in additions))
-    for part, table in zip((kernel, norm, *additions), tables, strict=True):
-        if part not in table:
-            raise unknown_name("build-up type", name, [*MAMBA, *ALIASES])
+    parts = name.split("__")
+    first = len(parts) > 1 and parts[0] in _KERNELS and parts[1] in _NORMS
+    if not first or not set(parts[2:]) <= _ADDITIONS.keys():
+        raise unknown_name("build-up type", name, [*MAMBA, MAMBA2, *ALIASES])
+    kernel, norm, *additions = parts
     row: Fields = {"kernel": _KERNELS[kernel], **_NORMS[norm]}
     for addition in additions:
-        row |= _ADDITIONS[addition]
+        field, value = _ADDITIONS[addition]
+        if field in row:
+            same = [part for part in additions if _ADDITIONS[part][0] == field]
+            raise ConfigError(f"{name!r} sets {field} by {' and '.join(same)}. Keep one of them.")
+        row[field] = value
     return row

@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 
 from jaxmem.errors import ConfigError
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
-from jaxmem.nn.cache import continued
+from jaxmem.nn.cache import check_len, continued
 from jaxmem.nn.decays import log_rates, step_biases
+from jaxmem.nn.fields import check_at_least_one, check_choices, check_positive
 from jaxmem.nn.heads import merge_heads, split_heads
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, RMSNorm
@@ -23,7 +24,7 @@ from jaxmem.nn.short_conv import ShortConv
 from jaxmem.nn.window import History
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.linear_attention import LinearState, init_linear_state, linear_attention
-from jaxmem.ops.norms import at_least_float32, rms_norm
+from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.segments import last_real
 from jaxmem.shapes import Activations, RowInts, SegmentIds
 
@@ -47,19 +48,21 @@ class Mamba2Config(MixerConfig):
     norm_eps: float = 1e-5
     """Epsilon of the output norm."""
 
+    def __post_init__(self) -> None:
+        """Check sizes and the epsilon."""
+        super().__post_init__()
+        check_choices(self, "mamba2")
+        check_at_least_one(self, "mamba2", "head_dim", "state_dim", "conv")
+        check_positive(self, "mamba2", norm_eps=1e-5)
+
     def check(self, dim: int, path: str) -> None:
         """Raise ConfigError unless the channels of the heads fit the width."""
         inner = dim if self.ssm_dim is None else self.ssm_dim
-        for field in ("head_dim", "state_dim", "conv"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{path}.{field}={getattr(self, field)}. Use 1 or more.")
         if not 0 < inner <= dim or inner % self.head_dim:
             raise ConfigError(
                 f"{path}: ssm_dim={inner} is not a multiple of head_dim={self.head_dim} up to "
                 f"model.dim={dim}. Use ssm_dim={self.head_dim} for one head, None for all."
             )
-        if not self.norm_eps > 0.0:
-            raise ConfigError(f"{path}.norm_eps={self.norm_eps} is not positive. Use 1e-5.")
 
 
 class Mamba2State(NamedTuple):
@@ -122,6 +125,7 @@ class Mamba2(Mixer):
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> Mamba2State:
         """Return the state before any token; its size does not depend on `max_len`."""
+        check_len(max_len, "mamba2")
         dtype = jnp.dtype(self.out.kernel.dtype if dtype is None else dtype)
         width = self.config.head_dim
         shape = (batch, self._inner // width, self.config.state_dim, width)
@@ -163,7 +167,7 @@ class Mamba2(Mixer):
         )
         y = at_least_float32(merge_heads(read.y)) + self.skip[...] * at_least_float32(v)
         y = y * jax.nn.silu(at_least_float32(parts.z))
-        y = rms_norm(y, self.norm.weight[...], eps=self.config.norm_eps).astype(x.dtype)
+        y = self.norm(y).astype(x.dtype)
         mlp = jax.nn.silu(parts.mlp_gate) * parts.mlp_value
         y = self.out(jnp.concatenate([mlp, y], axis=-1))
         if state is not None:

@@ -15,21 +15,21 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxmem.errors import ConfigError
+from jaxmem.errors import KernelUnsupported
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
-from jaxmem.nn.heads import check_heads, merge_heads, split_heads
+from jaxmem.nn.cache import check_len
+from jaxmem.nn.fields import check_choices
+from jaxmem.nn.heads import check_even_heads, merge_heads, split_qkv
 from jaxmem.nn.init import Init
 from jaxmem.nn.layers import Linear, RMSNorm
-from jaxmem.nn.rows import Last, Row, after, init_last, row_of
-from jaxmem.ops.dispatch import Implementation
+from jaxmem.nn.rows import Last, Row, after, init_last, row_of, turned
+from jaxmem.ops.dispatch import KERNELS, Implementation
 from jaxmem.ops.linear_attention import LinearState, init_linear_state, linear_attention
-from jaxmem.ops.norms import at_least_float32, rms_norm
-from jaxmem.ops.rope import rope
+from jaxmem.ops.norms import EPS_FLOAT32, at_least_float32
 from jaxmem.shapes import Activations, Queries, SegmentIds
 
 CLAMP = 5.0
 """Largest output before the exponential."""
-EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,16 +45,14 @@ class SoftmaxStateConfig(MixerConfig):
     """state: a softmax over the key channels of the state (`softmax_seq`); output: an exponential
     of each output channel, then a norm (`softmax_seq2`)."""
 
+    def __post_init__(self) -> None:
+        """Check that `of` is known."""
+        super().__post_init__()
+        check_choices(self, "softmax_state")
+
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless heads have an even width and `of` is known."""
-        check_heads(dim, self.num_heads, path)
-        if (dim // self.num_heads) % 2:
-            raise ConfigError(
-                f"{path}.num_heads={self.num_heads} makes heads of {dim // self.num_heads} "
-                "channels, which rope cannot turn in pairs. Use an even head width."
-            )
-        if self.of not in ("state", "output"):
-            raise ConfigError(f"{path}.of={self.of!r}. Use one of state, output.")
+        """Raise ConfigError unless heads have an even width."""
+        check_even_heads(dim, self.num_heads, path)
 
 
 class SoftmaxStateState(NamedTuple):
@@ -72,6 +70,9 @@ class SoftmaxState(Mixer):
 
     state: o_t[v] = Σ_c q_t[c] softmax_c(M_t[c, v]); output: RMSNorm(e^min(q_tᵀ M_t / sqrt(K), 5))
 
+    Raises:
+      KernelUnsupported: a kernel is asked for, of which `state` has none.
+
     Reference: upstream `softmax_seq` (state) and `softmax_seq2` (output).
     """
 
@@ -82,12 +83,13 @@ class SoftmaxState(Mixer):
         self.qkv = Linear(dim, 3 * dim, use_bias=False, init=init.weight, rngs=rngs)
         self.out = Linear(dim, dim, use_bias=False, init=init.residual, rngs=rngs)
         normed = config.of == "output"
-        self.norm = RMSNorm(dim // config.num_heads, eps=EPS) if normed else None
+        self.norm = RMSNorm(dim // config.num_heads, eps=EPS_FLOAT32) if normed else None
 
     def init_state(
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
     ) -> SoftmaxStateState:
         """Return the state before any token; its size does not depend on `max_len`."""
+        check_len(max_len, "softmax_state")
         dtype = jnp.dtype(self.out.kernel.dtype if dtype is None else dtype)
         heads, width = self.config.num_heads, self.dim // self.config.num_heads
         sums = init_linear_state(batch, heads, width, width, with_total=False, dtype=dtype)
@@ -106,14 +108,12 @@ class SoftmaxState(Mixer):
         """Run a row of tokens."""
         last = None if state is None else state.last
         row = row_of(x.shape[1], segment_ids, positions, last)
-        q, k, v = (
-            split_heads(a, self.config.num_heads) for a in jnp.split(self.qkv(x), 3, axis=-1)
-        )
-        places = jnp.broadcast_to(row.positions, x.shape[:2])
-        q, k = rope(q, places, layout="half"), rope(k, places, layout="half")
+        q, k, v = split_qkv(self.qkv(x), self.config.num_heads)
+        q, k = turned(q, row, "half"), turned(k, row, "half")
         start = None if state is None else state.sums
         count = row.count.astype(at_least_float32(x).dtype)[..., None, None]
         if self.norm is None:
+            _check_implementation(implementation)
             y, sums = _read_states(q, k, v, count, row, start)
         else:
             read: Any = linear_attention(
@@ -128,10 +128,18 @@ class SoftmaxState(Mixer):
             )
             mean = at_least_float32(read.y) / count
             y = jnp.exp(jnp.where(mean > CLAMP, CLAMP, mean))
-            y, sums = rms_norm(y, self.norm.weight[...], eps=EPS), read.state
+            y, sums = self.norm(y), read.state
         if state is not None:
             state = SoftmaxStateState(sums, after(row, state.last))
         return MixerOutput(self.out(merge_heads(y).astype(x.dtype)), state, {})
+
+
+def _check_implementation(name: Implementation) -> None:
+    if name in KERNELS:
+        raise KernelUnsupported(
+            f"softmax_state with of='state' has no implementation {name!r}, only one loop over "
+            "tokens. Use 'auto', 'xla' or 'reference', or of='output'."
+        )
 
 
 def _read_states(

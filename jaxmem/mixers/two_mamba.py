@@ -14,7 +14,7 @@ Reference: Mongaras and Larson 2025, "On the Expressiveness of Softmax Attention
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,17 @@ from jaxtyping import Float
 from jaxmem.errors import ConfigError
 from jaxmem.mixers.base import Mixer, MixerConfig, MixerOutput, register
 from jaxmem.nn import cache
-from jaxmem.nn.decays import GROWING, Decay, DecayKind, step_biases
-from jaxmem.nn.heads import check_heads, merge_heads, split_heads
+from jaxmem.nn.cache import KeyValueCache
+from jaxmem.nn.decays import GROWING, Decay, DecayKind, ValueForm, discretised, step_biases
+from jaxmem.nn.feature_maps import POSITIVE, Feature, featured
+from jaxmem.nn.fields import check_at_least_one, check_choices, check_positive
+from jaxmem.nn.head_norm import PER_HEAD, OutNorm, build_out_norm, head_normed
+from jaxmem.nn.heads import check_even_heads, check_heads, merge_heads, split_qkv
 from jaxmem.nn.init import Init, uniform
-from jaxmem.nn.layers import LayerNorm, Linear, RMSNorm
-from jaxmem.nn.rows import Last, Row, after, init_last, places_in_row, row_of
-from jaxmem.nn.scaled import L2_FLOOR, Scaled, l2_normed, layer_normed, rms_normed, scaled, value
+from jaxmem.nn.layers import Linear
+from jaxmem.nn.rows import Last, Row, after, documents, init_last, places_in_row, row_of, turned
+from jaxmem.nn.scaled import Scaled, changed_sum, divided, scaled, times_exp, value
+from jaxmem.nn.series import Polynomial, coefficients, first_coefficients
 from jaxmem.nn.short_conv import ShortConv
 from jaxmem.nn.window import History, delays
 from jaxmem.ops.attention import Places, attention, attention_with_lse
@@ -39,29 +44,25 @@ from jaxmem.ops.decay import bounded_decay
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.linear_attention import LinearState, init_linear_state, linear_attention
-from jaxmem.ops.norms import at_least_float32, rms_norm
+from jaxmem.ops.norms import EPS_FLOAT32, at_least_float32
 from jaxmem.ops.polynomial_attention import polynomial_attention
-from jaxmem.ops.rope import PositionDType, rope
+from jaxmem.ops.rope import PositionDType
 from jaxmem.ops.segments import poison_rows
 from jaxmem.ops.squared_attention import feature_count, squared_attention
 from jaxmem.shapes import Activations, Queries, SegmentIds
 
-EPS32 = float(jnp.finfo(jnp.float32).eps)
-"""The epsilon that upstream's root-mean-square norms have when none is set."""
+NAME = "two_mamba"
+GATE_LIMIT = 60.0
+"""Largest exponent of a gate: e^60 outweighs whatever stands beside it, and sums of more than 10^11
+such gates, times values, are still in the range of float32."""
 
-Feature = Literal["id", "relu", "silu", "elu1", "l2", "l2_heads"]
 Rope = Literal["none", "half", "pairs"]
-Kernel = Literal["exp", "pow1", "pow2", "taylor", "series", "head_series"]
+Kernel = Literal["exp", Polynomial]
 Denominator = Literal["one", "count", "count_pow", "sum", "gate_sum"]
-ValueForm = Literal["none", "dt", "sigmoid", "silu", "softplus", "softplus2"]
 KeyGate = Literal["none", "sigmoid", "count_pow"]
 OutGate = Literal["none", "pre", "post", "both", "z", "pre_exp"]
-OutNorm = Literal["none", "ln", "rms", "l2", "l2d", "rms_all"]
 
-_SERIES: tuple[Kernel, ...] = ("taylor", "series", "head_series")
 _RECURRENT: tuple[Kernel, ...] = ("pow1", "pow2")
-_POSITIVE: tuple[Feature, ...] = ("relu", "elu1")
-_PER_HEAD: tuple[OutNorm, ...] = ("ln", "rms", "l2", "l2d")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,11 +91,15 @@ class TwoMambaConfig(MixerConfig):
     """κ: exp, a power, Taylor's sum of exp, a series with learnt coefficients θ_n / n!, or one with
     2 σ(c_n) / n! per head."""
     terms: int = 10
-    """Terms of `taylor` and of the series."""
+    """Terms of `taylor` and of the series. An even number makes a polynomial of odd degree, whose
+    weights are negative far below 0, so that their sum may vanish."""
     decay: Literal["none", DecayKind] = "neg_softplus"
-    """Decay of the weights per step, of each token and head (`jaxmem.nn.decays`)."""
+    """Decay of the weights per step, of each token and head (`jaxmem.nn.decays`). neg_softplus2,
+    neg_silu and lagged may be growth, which is without bound unless kernel='exp' or a power is
+    divided by the plain sum of its weights."""
     denominator: Denominator = "sum"
-    """Δ: 1; the visible keys n; n^σ(c); the sum of the weights; or max(Σ_j e^(W x_j + b), 1)."""
+    """Δ: 1; the visible keys n; n^σ(c); the sum of the weights; or max(Σ_j e^(W x_j + b), 1),
+    each gate at most e^60."""
     floor: float = 0.0
     """Least sum of the weights."""
     eps: float = 0.0
@@ -113,10 +118,10 @@ class TwoMambaConfig(MixerConfig):
     """Add D v, before the gates and norms."""
     out_gate: OutGate = "none"
     """σ(W x + b) per head before the norm (pre), after it (post) or both; z: silu(W x + b) per
-    channel, before rms_all; pre_exp: e^-(W x + b) before the norm."""
+    channel, before rms_all; pre_exp: e^-(W x + b), at most e^60, before the norm."""
     norm: OutNorm = "none"
     """Norm of each head's output (l2d: unit length times K), or rms_all of all heads' together."""
-    norm_eps: float = EPS32
+    norm_eps: float = EPS_FLOAT32
     """Epsilon of ln, rms and rms_all."""
 
     @property
@@ -134,93 +139,76 @@ class TwoMambaConfig(MixerConfig):
         """Whether values are divided by the sum of the weights alone, as in softmax."""
         return self.denominator == "sum" and not (self.floor or self.eps or self.detach)
 
+    def __post_init__(self) -> None:
+        """Check the fields and that they fit together."""
+        super().__post_init__()
+        check_choices(self, NAME)
+        _check_numbers(self)
+        _check_combination(self)
+
     def check(self, dim: int, path: str) -> None:
-        """Raise ConfigError unless the fields fit together at this width."""
-        check_heads(dim, self.num_heads, path)
-        _check_choices(self, path)
-        _check_numbers(self, path)
-        _check_combination(self, path)
-        if self.rope != "none" and (dim // self.num_heads) % 2:
-            raise ConfigError(
-                f"{path}.rope={self.rope!r} turns channels in pairs, but a head has "
-                f"{dim // self.num_heads} of them. Use an even head width, or rope='none'."
-            )
+        """Raise ConfigError unless the heads fit the width, and rope the heads."""
+        (check_heads if self.rope == "none" else check_even_heads)(dim, self.num_heads, path)
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "feature": get_args(Feature),
-    "rope": get_args(Rope),
-    "kernel": get_args(Kernel),
-    "decay": ("none", *get_args(DecayKind)),
-    "denominator": get_args(Denominator),
-    "value": get_args(ValueForm),
-    "key_gate": get_args(KeyGate),
-    "out_gate": get_args(OutGate),
-    "norm": get_args(OutNorm),
-}
-
-
-def _check_choices(config: TwoMambaConfig, path: str) -> None:
-    for field, choices in _CHOICES.items():
-        found = getattr(config, field)
-        if found not in choices:
-            raise ConfigError(f"{path}.{field}={found!r}. Use one of {', '.join(choices)}.")
-
-
-def _check_numbers(config: TwoMambaConfig, path: str) -> None:
-    if config.conv < 0 or config.conv == 1:
-        raise ConfigError(f"{path}.conv={config.conv}. Use 2 to 4 tokens, or 0 for none.")
-    if config.terms < 1:
-        raise ConfigError(f"{path}.terms={config.terms}. Use 1 or more.")
+def _check_numbers(config: TwoMambaConfig) -> None:
+    check_positive(config, NAME, norm_eps=1e-5, rope_theta=10000.0)
+    check_at_least_one(config, NAME, "terms")
+    if config.conv not in (0, 2, 3, 4):
+        raise ConfigError(f"{NAME}.conv={config.conv}. Use 2 to 4 tokens, or 0 for none.")
     if config.clamp is not None and not math.isfinite(config.clamp):
-        raise ConfigError(f"{path}.clamp={config.clamp} is not finite. Use 5, say, or None.")
-    if not config.norm_eps > 0.0:
-        raise ConfigError(f"{path}.norm_eps={config.norm_eps} is not positive. Use 1e-5.")
+        raise ConfigError(f"{NAME}.clamp={config.clamp} is not finite. Use 5, say, or None.")
     for field in ("floor", "eps"):
-        if not getattr(config, field) >= 0.0:
-            raise ConfigError(
-                f"{path}.{field}={getattr(config, field)} is negative. Use 0 or more."
-            )
+        found = getattr(config, field)
+        if not 0.0 <= found < math.inf:
+            raise ConfigError(f"{NAME}.{field}={found} is negative or not finite. Use 0 for none.")
 
 
-def _check_combination(config: TwoMambaConfig, path: str) -> None:
-    signed = config.kernel == "pow1" and config.feature not in _POSITIVE
-    both = config.denominator == "count_pow" and config.key_gate == "count_pow"
+def _check_combination(config: TwoMambaConfig) -> None:
+    sums = config.denominator == "sum"
+    linear_sums = sums and config.kernel == "pow1"
     modified = bool(config.floor or config.eps or config.detach)
-    gate_twice = config.denominator == "gate_sum" and config.out_gate not in ("none", "z")
     wrong = {
         "denominator='sum' with kernel='pow1' divides by a sum of signed weights. "
-        "Use feature='relu' or 'elu1', or a norm": config.denominator == "sum" and signed,
+        "Use feature='relu' or 'elu1', or a norm": linear_sums and config.feature not in POSITIVE,
+        "rope='pairs' turns relu and elu1 features, and denominator='sum' with kernel='pow1' then "
+        "divides by a sum of signed weights. Use rope='half', which turns before, or 'none'": (
+            linear_sums and config.rope == "pairs"
+        ),
+        f"clamp={config.clamp} with kernel='pow1' and denominator='sum' makes weights negative. "
+        "Use 0 or more, or None": linear_sums and config.clamp is not None and config.clamp < 0.0,
         "floor, eps and detach change a sum of weights. Use denominator='sum', or leave them": (
-            modified and config.denominator != "sum"
+            modified and not sums
         ),
         "out_gate='post' and 'both' come after a norm of each head. Use one of norm="
-        + ", ".join(_PER_HEAD): config.out_gate in ("post", "both")
-        and config.norm not in _PER_HEAD,
+        + ", ".join(PER_HEAD): config.out_gate in ("post", "both") and config.norm not in PER_HEAD,
         "dt_bias is a bias of dt, which nothing uses. Use value='dt', or dt_bias=False": (
             config.dt_bias and not config.uses_dt
         ),
-        "denominator and key_gate='count_pow' share one exponent. Use it in one place": both,
-        "denominator='gate_sum' is made of the output gate. Use out_gate='none'": gate_twice,
+        "denominator and key_gate='count_pow' share one exponent. Use it in one place": (
+            config.denominator == config.key_gate == "count_pow"
+        ),
+        "denominator='gate_sum' is made of the output gate. Use out_gate='none'": (
+            config.denominator == "gate_sum" and config.out_gate not in ("none", "z")
+        ),
     }
     for message, holds in wrong.items():
         if holds:
-            raise ConfigError(f"{path}: {message}.")
+            raise ConfigError(f"{NAME}: {message}.")
 
 
 class TwoMambaState(NamedTuple):
     """What the tokens to come need of those before; None where this row of the grammar does not."""
 
     sums: LinearState | None
-    cache: Any
-    """A `KeyValueCache`."""
+    cache: KeyValueCache | None
     conv: History | None
     """The last queries, keys and values before the convolution."""
     lagged: History | None
     """The decay that counts from the next token on."""
     gate_sum: Float[Array, "B H"] | None
     """Σ e^gate so far."""
-    excess: Any
+    excess: Float[Array, "B H"] | None
     """Growth so far (`bounded_decay`)."""
     last: Last
 
@@ -244,8 +232,13 @@ class TwoMamba(Mixer):
     weighted sum, divide, add D v, pre gate, norm per head, post gate, z, rms_all, project.
 
     Reference: 2Mamba2Furious, `LlamaAttention` of both of its layer files. Differs: 0 / 0 is 0 with
-      gradient 0 where a query's weights are all 0, and sums of exponentials never leave the range
-      of floats before a norm takes their size out.
+      gradient 0 where a query's weights are all 0, sums of exponentials never leave the range of
+      floats before a norm takes their size out, and gates that are exponentials end at e^60.
+
+    With a state, a sum of squared weights is a sum of products of both signs. Where a query is
+    almost orthogonal to all keys, its relative error is about eps |q|² Σ_j α_tj |k_j|² over that
+    sum (lengths of scaled q and k), and a sum that rounding makes negative counts as 0. Decays that
+    are growth are unbounded, as upstream, but for rows whose weights are normalised (`decay`).
     """
 
     config: TwoMambaConfig
@@ -263,13 +256,14 @@ class TwoMamba(Mixer):
         self.dt_bias = nnx.Param(step_biases(rngs.params(), heads)) if config.dt_bias else None
         self.decay = _decay(config, dim, init, rngs)
         self.key_gate = Linear(dim, heads, **gate) if config.key_gate == "sigmoid" else None
-        self.out_gate: Any = Linear(dim, heads, **gate) if _has_head_gate(config) else None
+        self.out_gate = Linear(dim, heads, **gate) if _has_head_gate(config) else None
         self.z = Linear(dim, dim, **gate) if config.out_gate == "z" else None
         self.skip = nnx.Param(jnp.ones((heads, width))) if config.skip else None
-        self.norm: Any = _norm(config, dim)
+        self.norm = build_out_norm(config.norm, dim, heads, config.norm_eps)
         powers = "count_pow" in (config.denominator, config.key_gate)
-        self.exponent: Any = nnx.Param(jnp.full((heads,), 0.5)) if powers else None
-        self.coefficients: Any = _coefficients(config)
+        self.exponent = nnx.Param(jnp.full((heads,), 0.5)) if powers else None
+        learnt = first_coefficients(config.kernel, config.terms, heads)
+        self.coefficients = None if learnt is None else nnx.Param(learnt)
 
     def init_state(
         self, batch: int, *, max_len: int | None = None, dtype: DTypeLike | None = None
@@ -281,13 +275,14 @@ class TwoMamba(Mixer):
         heads, width = config.num_heads, self.dim // config.num_heads
         sums = stored = None
         if config.has_state:
+            cache.check_len(max_len, NAME)
             features = width if config.kernel == "pow1" else feature_count(width)
             with_total = config.denominator == "sum"
             sums = init_linear_state(
                 batch, heads, features, width, with_total=with_total, dtype=wide
             )
         else:
-            size = cache.required_len(max_len, "two_mamba")
+            size = cache.required_len(max_len, NAME)
             decays = self.decay is not None
             stored = cache.init_cache(batch, size, heads, width, dtype, log_decay=decays)
         per_head = jnp.zeros((batch, heads), wide)
@@ -315,12 +310,12 @@ class TwoMamba(Mixer):
         row = row_of(x.shape[1], segment_ids, positions, None if state is None else state.last)
         state = state if state is None else state._replace(last=after(row, state.last))
         qkv, state = self._convolved(self.qkv(x), row, state)
-        q, k, v = (split_heads(a, self.config.num_heads) for a in jnp.split(qkv, 3, axis=-1))
+        q, k, v = split_qkv(qkv, self.config.num_heads)
         dt = self._step_size(x)
         log_decay, state = self._log_decay(x, dt, row, state)
         heads = _Heads(
             *self._turned(q, k, row),
-            self._discretised(v, dt),
+            discretised(v, self.config.value, dt),
             log_decay,
             self._value_gate(x, row),
         )
@@ -357,38 +352,24 @@ class TwoMamba(Mixer):
         log_decay = self.decay(x, dt)
         if self.config.decay == "lagged":
             start = jnp.zeros_like(log_decay[:, :1])
-            before: Any = start if state is None else state.lagged
+            before = start if state is None or state.lagged is None else state.lagged
             (log_decay, _), after = delays(log_decay, before, row.ids, row.before)
             state = state if state is None else state._replace(lagged=after)
         if row.spans is not None:
             log_decay = jnp.where(row.spans.valid[..., None], log_decay, 0.0)
         return log_decay, state
 
-    def _discretised(self, v: Queries, dt: Any) -> Queries:
-        form = self.config.value
-        if form == "none":
-            return v
-        if form in ("dt", "sigmoid"):
-            return v * dt[..., None].astype(v.dtype)
-        if form == "silu":
-            return jax.nn.silu(v)
-        return jax.nn.softplus(v) * (v if form == "softplus2" else 1)
-
     def _turned(self, q: Queries, k: Queries, row: Row) -> tuple[Queries, Queries]:
         """Return queries and keys after rope and feature map."""
         config = self.config
-
-        def turn(a: Queries) -> Queries:
-            # Angles of one row serve all.
-            one = row.positions.shape[0] == 1
-            positions = row.positions[0] if one else row.positions
-            options: dict[str, Any] = {"theta": config.rope_theta, "layout": config.rope}
-            return rope(a, positions, position_dtype=config.rope_positions, **options)
-
+        options: dict[str, Any] = {"theta": config.rope_theta}
+        options["position_dtype"] = config.rope_positions
         if config.rope == "half":
-            q, k = turn(q), turn(k)
-        q, k = _featured(q, config.feature), _featured(k, config.feature)
-        return (turn(q), turn(k)) if config.rope == "pairs" else (q, k)
+            q, k = (turned(a, row, "half", **options) for a in (q, k))
+        q, k = featured(q, config.feature), featured(k, config.feature)
+        if config.rope == "pairs":
+            q, k = (turned(a, row, "pairs", **options) for a in (q, k))
+        return q, k
 
     def _value_gate(self, x: Activations, row: Row) -> Array | None:
         if self.config.key_gate == "count_pow":
@@ -397,6 +378,7 @@ class TwoMamba(Mixer):
 
     def _count_power(self, row: Row, sign: float) -> Array:
         """Return n^±σ(c) [B|1 T H]."""
+        assert self.exponent is not None
         power = sign * jax.nn.sigmoid(self.exponent[...])
         return jnp.exp(power * jnp.log(row.count.astype(power.dtype))[..., None])
 
@@ -412,11 +394,11 @@ class TwoMamba(Mixer):
         denominator, state = self._denominator(x, row, state, implementation)
         if self.config.has_state:
             return self._read_state(heads, denominator, row, state, implementation)
-        if state is None:
+        if state is None or state.cache is None:
             places, gate = places_in_row(row), heads.gate
         else:
             stored, places = cache.stored(
-                state.cache, heads.k, _gated(heads), row.ids, row.spans, heads.log_decay
+                state.cache, heads.k, _gated(heads), *documents(row), heads.log_decay
             )
             state = state._replace(cache=stored)
             dtype = heads.q.dtype
@@ -439,9 +421,10 @@ class TwoMamba(Mixer):
             return row.count.astype(at_least_float32(x).dtype)[..., None], state
         if kind == "count_pow":
             return self._count_power(row, 1.0), state
-        if kind != "gate_sum":
+        if kind != "gate_sum" or self.out_gate is None:
             return None, state
-        gates = jnp.exp(at_least_float32(self.out_gate(x)))
+        # Beyond the limit the gradients of e^x and of a quotient by it are inf and 0.
+        gates = jnp.exp(jnp.minimum(at_least_float32(self.out_gate(x)), GATE_LIMIT))
         options: dict[str, Any] = {"segment_ids": row.ids, "initial_segment": row.before}
         options["implementation"] = implementation
         start = None if state is None else state.gate_sum
@@ -472,12 +455,7 @@ class TwoMamba(Mixer):
         if config.denominator != "sum":
             log = jnp.zeros((1, 1, 1)) if denominator is None else jnp.log(denominator)
             return scaled(y, log_sum - log)
-        log = log_sum
-        if config.floor:
-            log = jnp.maximum(log, math.log(config.floor))
-        log = jax.lax.stop_gradient(log) if config.detach else log
-        if config.eps:
-            log = jnp.logaddexp(log, math.log(config.eps))
+        log = changed_sum(log_sum, floor=config.floor, eps=config.eps, detach=config.detach)
         return scaled(y, jnp.where(log_sum > -jnp.inf, log_sum - log, -jnp.inf))
 
     def _read_series(
@@ -488,34 +466,21 @@ class TwoMamba(Mixer):
         places: Places | None,
         implementation: Implementation,
     ) -> Scaled:
+        config = self.config
         v = _gated(heads._replace(gate=gate))
+        learnt = None if self.coefficients is None else self.coefficients[...]
         read = polynomial_attention(
             heads.q,
             heads.k,
             v,
-            coefficients=self._series(),
+            coefficients=coefficients(config.kernel, config.terms, learnt),
             scale=self._scale(heads),
-            clamp=self.config.clamp,
+            clamp=config.clamp,
             places=places,
             log_forget=heads.log_decay,
-            # The op has no kernel; other ops of the layer do.
-            implementation="reference" if implementation == "reference" else "auto",
+            implementation=implementation,
         )
         return self._divided(read.y, read.total, denominator)
-
-    def _series(self) -> int | Array:
-        config = self.config
-        if config.kernel in _RECURRENT:  # a clamped power
-            return jnp.asarray([0.0, 1.0] if config.kernel == "pow1" else [0.0, 0.0, 1.0])
-        if config.kernel == "taylor":
-            return config.terms
-        learnt = self.coefficients[...]
-        factorials = jnp.exp(
-            -jax.lax.lgamma(jnp.arange(1.0, config.terms + 1.0, dtype=learnt.dtype))
-        )
-        if config.kernel == "series":
-            return learnt * factorials
-        return 2.0 * jax.nn.sigmoid(learnt) * factorials[:, None]
 
     def _read_state(
         self,
@@ -528,7 +493,7 @@ class TwoMamba(Mixer):
         config = self.config
         v = _gated(heads)
         k, log_decay = heads.k, heads.log_decay
-        if self._bounds_growth():
+        if log_decay is not None and self._bounds_growth():
             k, log_decay, state = self._bounded(k, log_decay, row, state)
         op = linear_attention if config.kernel == "pow1" else squared_attention
         read = op(
@@ -551,10 +516,11 @@ class TwoMamba(Mixer):
         return config.has_state and config.sums_weights and config.decay in GROWING
 
     def _bounded(
-        self, k: Queries, log_decay: Any, row: Row, state: TwoMambaState | None
+        self, k: Queries, log_decay: Array, row: Row, state: TwoMambaState | None
     ) -> tuple[Queries, Array, TwoMambaState | None]:
         """Return keys and decays that give the same shares and never grow."""
-        start = jnp.zeros_like(log_decay[:, 0]) if state is None else state.excess
+        start = None if state is None else state.excess
+        start = jnp.zeros_like(log_decay[:, 0]) if start is None else start
         resets = None if row.spans is None else row.spans.reset
         log_decay, excess = bounded_decay(log_decay, start, resets)
         power = 1.0 if self.config.kernel == "pow1" else 0.5
@@ -562,18 +528,16 @@ class TwoMamba(Mixer):
         state = state if state is None else state._replace(excess=excess[:, -1])
         return k, log_decay, state
 
-    def _divided(self, y: Array, total: Any, denominator: Any) -> Scaled:
-        """Return y over the denominator; 0 where both are 0."""
+    def _divided(self, y: Array, total: Array | None, denominator: Array | None) -> Scaled:
+        """Return y over the denominator, or over the sum of the weights where that is one."""
         config = self.config
-        y = at_least_float32(y)
-        if config.denominator == "sum":
-            denominator = jnp.maximum(total, config.floor) if config.floor else total
-            denominator = jax.lax.stop_gradient(denominator) if config.detach else denominator
-            denominator = denominator + config.eps
-            some = denominator != 0.0
-            y = jnp.where(some[..., None], y, 0.0)
-            denominator = jnp.where(some, denominator, 1.0)
-        return scaled(y if denominator is None else y / denominator[..., None])
+        if total is None or config.denominator != "sum":
+            return scaled(y if denominator is None else y / denominator[..., None])
+        if config.kernel in _RECURRENT:  # no weight is negative, but rounding may be
+            total = jnp.maximum(total, 0.0)
+        total = jnp.maximum(total, config.floor) if config.floor else total
+        total = jax.lax.stop_gradient(total) if config.detach else total
+        return scaled(divided(y, total + config.eps))
 
     def _scale(self, heads: _Heads) -> float:
         return 1.0 / math.sqrt(heads.q.shape[-1]) if self.config.scale_products else 1.0
@@ -583,36 +547,26 @@ class TwoMamba(Mixer):
         config = self.config
         if self.skip is not None:
             read = scaled(value(read) + self.skip[...] * at_least_float32(v))
-        gate = self._output_gate(x)
-        if gate is not None and config.out_gate != "post":
-            read = read._replace(x=read.x * gate)
-        y = self._normed(read)
+        gate = self._gate_logits(x)
+        if gate is not None and config.out_gate == "pre_exp":
+            read = times_exp(read, jnp.minimum(-gate, GATE_LIMIT))
+        elif gate is not None and config.out_gate != "post":
+            read = read._replace(x=read.x * jax.nn.sigmoid(gate)[..., None])
+        y = head_normed(read, config.norm, self.norm)
         if gate is not None and config.out_gate in ("post", "both"):
-            y = y * gate
+            y = y * jax.nn.sigmoid(gate)[..., None]
         y = merge_heads(y)
         if self.z is not None:
             y = y * jax.nn.silu(at_least_float32(self.z(x)))
-        if config.norm == "rms_all":
-            y = rms_norm(y, self.norm.weight[...], eps=config.norm_eps)
+        if config.norm == "rms_all" and self.norm is not None:
+            y = self.norm(y)
         return self.out(y.astype(x.dtype))
 
-    def _output_gate(self, x: Activations) -> Any:
-        """Return the factors per head of the output [B T H 1], or None."""
+    def _gate_logits(self, x: Activations) -> Array | None:
+        """Return logits per head of the output's gate [B T H], or None."""
         if self.out_gate is None or self.config.denominator == "gate_sum":
             return None
-        raw = at_least_float32(self.out_gate(x))[..., None]
-        return jnp.exp(-raw) if self.config.out_gate == "pre_exp" else jax.nn.sigmoid(raw)
-
-    def _normed(self, read: Scaled) -> Array:
-        """Return each head's output, normalised."""
-        kind, eps = self.config.norm, self.config.norm_eps
-        if kind == "ln":
-            return layer_normed(read, self.norm.weight[...], self.norm.bias[...], eps)
-        if kind == "rms":
-            return rms_normed(read, self.norm.weight[...], eps)
-        if kind == "l2":
-            return l2_normed(read)
-        return l2_normed(read) * read.x.shape[-1] if kind == "l2d" else value(read)
+        return at_least_float32(self.out_gate(x))
 
 
 def _has_head_gate(config: TwoMambaConfig) -> bool:
@@ -625,39 +579,8 @@ def _decay(config: TwoMambaConfig, dim: int, init: Init, rngs: nnx.Rngs) -> Deca
     return Decay(dim, config.num_heads, config.decay, init=init, rngs=rngs)
 
 
-def _norm(config: TwoMambaConfig, dim: int) -> LayerNorm | RMSNorm | None:
-    width = dim // config.num_heads
-    if config.norm == "ln":
-        return LayerNorm(width, use_bias=True, eps=config.norm_eps)
-    if config.norm in ("rms", "rms_all"):
-        return RMSNorm(width if config.norm == "rms" else dim, eps=config.norm_eps)
-    return None
-
-
-def _coefficients(config: TwoMambaConfig) -> nnx.Param | None:
-    if config.kernel == "series":
-        return nnx.Param(jnp.ones((config.terms,)))
-    if config.kernel == "head_series":
-        return nnx.Param(jnp.zeros((config.terms, config.num_heads)))
-    return None
-
-
 def _gated(heads: _Heads) -> Queries:
     """Return values with their gates."""
     if heads.gate is None:
         return heads.v
     return heads.v * heads.gate[..., None].astype(heads.v.dtype)
-
-
-def _featured(x: Queries, feature: Feature) -> Queries:
-    if feature == "relu":
-        return jax.nn.relu(x)
-    if feature == "silu":
-        return jax.nn.silu(x)
-    if feature == "elu1":
-        return jax.nn.elu(x) + 1.0
-    if feature in ("l2", "l2_heads"):
-        wide = at_least_float32(x)
-        square = jnp.sum(wide * wide, axis=-1 if feature == "l2" else -2, keepdims=True)
-        return (wide * jax.lax.rsqrt(jnp.maximum(square, L2_FLOOR**2))).astype(x.dtype)
-    return x

@@ -1,6 +1,6 @@
 """Per-row append-only buffers, the storage of attention-like states."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -41,6 +41,12 @@ def required_len(max_len: int | None, mixer: str) -> int:
             f"found {max_len}. Pass max_len=prompt length + tokens to generate."
         )
     return max_len
+
+
+def check_len(max_len: int | None, mixer: str) -> None:
+    """Raise ShapeError if a mixer whose state has a fixed size was given a length below 1."""
+    if max_len is not None:
+        required_len(max_len, mixer)
 
 
 def continued(segment_ids: SegmentIds | None, segment: RowInts, length: int) -> SegmentIds:
@@ -106,12 +112,13 @@ def stored(
     values: Values,
     segment_ids: SegmentIds,
     rows: Spans,
-    log_decay: Any = None,
+    log_decay: Float[Array, "B T H"] | None = None,
 ) -> tuple[KeyValueCache, Places]:
     """Append tokens to a cache, and say where they and all others stand."""
     start, valid = cache.length, rows.valid
     decays = cache.log_decay
     if decays is not None:
+        assert log_decay is not None, "a cache of decays is given one for each token"
         decays = append(decays, log_decay, start, valid)
     segments = append(cache.segments, segment_ids, start, valid)
     after = KeyValueCache(

@@ -1,4 +1,4 @@
-"""Log decays per token and head, as gated linear layers compute them from their input."""
+"""Log decays per token and head, and values times steps, as gated linear layers compute them."""
 
 import math
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jaxmem.nn.init import Init, uniform
 from jaxmem.nn.layers import Linear
 from jaxmem.ops.norms import at_least_float32
-from jaxmem.shapes import Activations, Key
+from jaxmem.shapes import Activations, Key, Values
 
 DecayKind = Literal[
     "discretize", "neg_softplus", "neg_softplus_dt", "neg_softplus2", "neg_silu", "lagged"
@@ -27,6 +27,7 @@ DT_RANGE = (1e-3, 1e-1)
 DT_FLOOR = 1e-4
 """Steps that a bias of dt starts from, as in Mamba-2."""
 
+ValueForm = Literal["none", "dt", "sigmoid", "silu", "softplus", "softplus2"]
 PerHead = Float[Array, "B T H"]
 
 
@@ -36,8 +37,10 @@ class Decay(nnx.Module):
     discretize: -e^a dt; neg_softplus: -softplus(W x); neg_softplus_dt: -softplus(W x) dt;
     neg_softplus2: -u softplus(u), u = W x; neg_silu: -u σ(u); lagged: (W x + b) / 1024
 
-    The last three may be positive. `lagged` counts from the token after (`gated_softmax_decay`), a
-    shift that is the mixer's, for it needs the token before.
+    The last three may be positive, and weights then grow from token to token without bound, as
+    upstream. Layers bring them back where only their ratios count (`jaxmem.ops.decay`); elsewhere
+    they leave the range of floats in rows that are long enough. `lagged` counts from the token
+    after (`gated_softmax_decay`), a shift that is the mixer's, for it needs the token before.
 
     Reference: 2Mamba2Furious (arXiv 2602.17363), `A_mask_type`; Mamba-2 (arXiv 2405.21060).
     """
@@ -49,12 +52,14 @@ class Decay(nnx.Module):
         bias = kind == "lagged"
         plain: dict[str, Any] = {"use_bias": bias, "init": init.weight, "rngs": rngs}
         plain["bias_init"] = uniform(1.0 / math.sqrt(dim)) if bias else None
-        self.projection: Any = None if steps else Linear(dim, heads, **plain)
+        self.projection = None if steps else Linear(dim, heads, **plain)
 
-    def __call__(self, x: Activations, dt: Any) -> PerHead:
-        """Return log decays in float32 or wider; `dt` [B T H] is None where the kind has none."""
+    def __call__(self, x: Activations, dt: PerHead | None) -> PerHead:
+        """Return log decays in float32 or wider; `dt` is None where the layer has none."""
+        step = 1.0 if dt is None else dt
         if self.log_rate is not None:
-            return -jnp.exp(self.log_rate[...]) * dt
+            return -jnp.exp(self.log_rate[...]) * step
+        assert self.projection is not None
         u = at_least_float32(self.projection(x))
         if self.kind == "lagged":
             return u / LAGGED_DIVISOR
@@ -62,8 +67,19 @@ class Decay(nnx.Module):
             return -jax.nn.silu(u)
         rate = jax.nn.softplus(u)
         if self.kind == "neg_softplus_dt":
-            rate = rate * dt
+            rate = rate * step
         return -u * rate if self.kind == "neg_softplus2" else -rate
+
+
+def discretised(v: Values, form: ValueForm, dt: PerHead | None) -> Values:
+    """Return v dt, where dt may be a sigmoid's; or silu(v), softplus(v), v softplus(v)."""
+    if form == "silu":
+        return jax.nn.silu(v)
+    if form in ("softplus", "softplus2"):
+        return jax.nn.softplus(v) * (v if form == "softplus2" else 1)
+    if form == "none" or dt is None:
+        return v
+    return v * dt[..., None].astype(v.dtype)
 
 
 def log_rates(key: Key, heads: int) -> Float[Array, "H"]:

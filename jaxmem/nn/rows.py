@@ -1,6 +1,6 @@
 """Where the tokens of a call stand: documents, counts and positions, continued from a state."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,8 +8,9 @@ from jaxtyping import Int
 
 from jaxmem.nn import cache
 from jaxmem.ops.attention import Places
-from jaxmem.ops.segments import last_real, positions_in_segment, spans
-from jaxmem.shapes import RowInts, SegmentIds
+from jaxmem.ops.rope import PositionDType, RopeLayout, rope
+from jaxmem.ops.segments import Spans, last_real, positions_in_segment, spans
+from jaxmem.shapes import Queries, RowInts, SegmentIds
 
 
 class Last(NamedTuple):
@@ -24,11 +25,11 @@ class Last(NamedTuple):
 class Row(NamedTuple):
     """Where the tokens of a call stand."""
 
-    ids: Any
-    """Document of each token (`SegmentIds`); None: rows of one document each, and no state."""
-    before: Any
-    """Document of the state (`RowInts`); None: no state."""
-    spans: Any
+    ids: SegmentIds | None
+    """Document of each token; None: rows of one document each, and no state."""
+    before: RowInts | None
+    """Document of the state; None: no state."""
+    spans: Spans | None
     """What `jaxmem.ops.segments.spans` says of the documents; None like them."""
     count: Int[Array, "#B T"]
     """Tokens of each token's document up to itself; 1 where there are none, in padding."""
@@ -48,7 +49,8 @@ def row_of(
         index = jnp.arange(length)[None]
         return Row(None, None, None, index + 1, index if positions is None else positions)
     before = None if last is None else last.segment
-    ids: Any = segment_ids if before is None else cache.continued(segment_ids, before, length)
+    ids = segment_ids if before is None else cache.continued(segment_ids, before, length)
+    assert ids is not None
     rows = spans(ids, before)
     place = positions_in_segment(rows, None if last is None else last.place)
     # Before the first real token of a row padding sees nothing; 1 keeps logarithms finite.
@@ -56,15 +58,37 @@ def row_of(
     return Row(ids, before, rows, count, place if positions is None else positions)
 
 
+def documents(row: Row) -> tuple[SegmentIds, Spans]:
+    """Return the documents of tokens that continue a state, where they are always told."""
+    assert row.ids is not None
+    assert row.spans is not None
+    return row.ids, row.spans
+
+
 def after(row: Row, last: Last) -> Last:
     """Return where the last token of a call stands."""
-    valid = row.spans.valid
-    return Last(last_real(row.count, valid, last.place), last_real(row.ids, valid, last.segment))
+    ids, rows = documents(row)
+    place = last_real(row.count, rows.valid, last.place)
+    return Last(place, last_real(ids, rows.valid, last.segment))
+
+
+def turned(
+    x: Queries,
+    row: Row,
+    layout: RopeLayout,
+    *,
+    theta: float = 10000.0,
+    position_dtype: PositionDType = "float32",
+) -> Queries:
+    """Turn queries or keys by their positions; angles are computed once if all rows share them."""
+    alike = row.positions.shape[0] == 1
+    positions = row.positions[0] if alike else row.positions
+    return rope(x, positions, layout=layout, theta=theta, position_dtype=position_dtype)
 
 
 def places_in_row(row: Row) -> Places | None:
     """Return places by index; padding is not seen, and sees what the token before it sees."""
-    if row.spans is None:
+    if row.ids is None or row.spans is None:
         return None
     index = jnp.broadcast_to(jnp.arange(row.ids.shape[1]), row.ids.shape)
     return Places(index, index, row.spans.segment, row.ids)

@@ -98,9 +98,9 @@ def attention(
         hold there must be finite.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
-      log_forget: log of the share of what came before that each key's token lets through, <= 0 and
-        finite, per query head. With `places`, keys stand in slot order and a query's place is its
-        slot.
+      log_forget: log of the share of what came before that each key's token lets through, finite
+        and of any sign (above 0 older keys gain), per query head. With `places`, keys stand in slot
+        order and a query's place is its slot.
       clamp: largest scale q·k, any finite number; what exceeds it counts as it, and passes no
         gradient. None: unbounded.
       value_gate: factor of the values that each query head reads, of any sign. The softmax does
@@ -219,9 +219,7 @@ def _attend(
     interpret: bool | None,
     wants_lse: bool,
 ) -> Read:
-    arrays = {"log_forget": log_forget, "value_gate": value_gate}
-    check_floating("attention", q=q, k=k, v=v, scale=scale, **arrays)
-    _check_operands(q, k, v, scale, **arrays)
+    _check_operands(q, k, v, scale, log_forget=log_forget, value_gate=value_gate)
     check_clamp("attention", clamp)
     _check_visibility(q, k, lag, window, segment_ids, places)
     check_precision(precision)
@@ -254,7 +252,25 @@ def _attend(
         return Read(y, jnp.zeros(()))
     rate, clamp = 0.0 if dropout is None else dropout.rate, None if clamp is None else float(clamp)
     rule = Rule(lag, window, rate, precision, clamp)
+    static = _Static(form, rule, config, interpreted(interpret))
     seed = None if dropout is None else dropout_seed(dropout.key)
+    return _read_as(static, q, k, v, scale, places, slots, log_forget, value_gate, seed)
+
+
+def _read_as(
+    static: "_Static",
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float | Array,
+    places: Places | None,
+    slots: Array | None,
+    log_forget: Array | None,
+    value_gate: Array | None,
+    seed: Array | None,
+) -> Read:
+    """Bring the operands of a checked call into the form that its implementation takes."""
+    form, rule = static.form, static.rule
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
@@ -265,13 +281,14 @@ def _attend(
     extras = Extras(places, decay, gate, seed)
     if form == "xla" and attention_xla.fits_at_once(q, k):
         return attention_xla.at_once(rule, q, k, v, scale, extras)
-    return _read(_Static(form, rule, config, interpreted(interpret)), q, k, v, scale, extras)
+    return _read(static, q, k, v, scale, extras)
 
 
 def _check_operands(
     q: Array, k: Array, v: Array, scale: float | Array, **gates: Array | None
 ) -> None:
     op = "attention"
+    check_floating(op, q=q, k=k, v=v, scale=scale, **gates)
     check_axes(op, "q", q, "B T H K")
     check_axes(op, "k", k, "B S G K")
     check_axes(op, "v", v, "B S G V")

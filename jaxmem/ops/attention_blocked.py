@@ -1,5 +1,6 @@
 """Attention in plain JAX tile by tile: memory grows with T and S, not with their product."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -100,20 +101,8 @@ def backward(
     block = rows.block_q
     lse = jnp.where(read.lse == -jnp.inf, 0.0, read.lse)
     lse, delta = (_padded(a, 2, block) for a in (lse, delta_of(read, grad)))
-    grads = _padded(grad.y, 1, block)
-
-    def share_of(n: Array, m: Array) -> TileGradients:
-        def some() -> TileGradients:
-            tile = rows.tile(n, m)
-            logits, over = logits_of(rule, tile, scale)
-            weights = jnp.exp(logits - _cut(lse, 2, n, block)[..., None])
-            of_tile = _cut(grads, 1, n, block), _cut(delta, 2, n, block)
-            return tile_gradients(rule, tile, scale, extras.seed, weights, over, *of_tile)
-
-        def none() -> TileGradients:
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(some))
-
-        return lax.cond(rows.needed[n, m], some, none)
+    found = _Found(_padded(grad.y, 1, block), lse, delta)
+    share_of = functools.partial(_share_of, rule, rows, scale, extras.seed, found)
 
     def of_keys(dq: Array, m: Array) -> tuple[Array, tuple]:
         def visit(carry: tuple[Array, tuple], n: Array) -> tuple[tuple[Array, tuple], None]:
@@ -139,6 +128,35 @@ def backward(
         None if extras.decay is None else _joined(forget, 2)[:, :, :keys],
         None if gate is None else _joined(gate, 2)[:, :, :keys],
     )
+
+
+class _Found(NamedTuple):
+    """What a backward pass knows of the queries, padded to whole blocks."""
+
+    grad: Array
+    """Cotangent of y [B T H V]."""
+    lse: Array
+    """0 where nothing is visible [B H T]."""
+    delta: Array
+    """<grad, y> less the cotangent of lse [B H T]."""
+
+
+def _share_of(
+    rule: Rule, rows: "_Rows", scale: Array, seed: Array | None, found: _Found, n: Array, m: Array
+) -> TileGradients:
+    """Return the gradients of query block n against key block m, zeros where it sees nothing."""
+
+    def some() -> TileGradients:
+        tile, block = rows.tile(n, m), rows.block_q
+        logits, over = logits_of(rule, tile, scale)
+        weights = jnp.exp(logits - _cut(found.lse, 2, n, block)[..., None])
+        of_tile = _cut(found.grad, 1, n, block), _cut(found.delta, 2, n, block)
+        return tile_gradients(rule, tile, scale, seed, weights, over, *of_tile)
+
+    def none() -> TileGradients:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(some))
+
+    return lax.cond(rows.needed[n, m], some, none)
 
 
 class _Rows(NamedTuple):

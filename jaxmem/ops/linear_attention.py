@@ -70,12 +70,13 @@ def linear_attention(
       v: values; V may differ from K.
       scale: factor of the weights.
       log_decay: g, one number per token and head, or per head; None: no decay. Positive numbers
-        grow the state, within the range of float32.
+        grow the state, within the range of float32; -inf lets nothing through.
       with_total: also return the sums of weights.
       initial_state: sums over earlier tokens (`init_linear_state` for none); None: none, and none
         is returned.
       segment_ids: document of each token; the state starts anew with each. A padded token (id 0)
         is not written and decays nothing; it reads what the last real token before it could read.
+        Its q must be finite; k, v and log_decay may hold anything there.
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
       implementation: `reference` is one step of a `lax.scan` per token, `xla` a scan over chunks,
         `pallas` one walk forward and three backward.
@@ -148,7 +149,8 @@ def _kernel(static: _Static, operands: Operands) -> tuple[Array, Array | None, L
 
 def _kernel_forward(static: _Static, operands: Operands) -> tuple[tuple, Operands]:
     run = functools.partial(kernels.linear_forward, **static._asdict())
-    q, k, v, gates, document, state = operands
+    q, k, v, gates, document, start = operands
+    state: Any = start
     found: Any = first_order("linear_attention", run)(q, k, v, gates, document, *state)
     y, total, *ends = found
     return (y, total, LinearState(*ends)), operands
@@ -156,7 +158,8 @@ def _kernel_forward(static: _Static, operands: Operands) -> tuple[tuple, Operand
 
 def _kernel_backward(static: _Static, operands: Operands, grads: tuple) -> tuple[Operands]:
     run = functools.partial(kernels.linear_backward, **static._asdict())
-    q, k, v, gates, document, state = operands
+    q, k, v, gates, document, start = operands
+    state: Any = start
     dy, dtotal, dstate = grads
     all_operands = (q, k, v, gates, document, *state, dy, dtotal, *dstate)
     found: Any = first_order("linear_attention", run)(*all_operands)

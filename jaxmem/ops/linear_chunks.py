@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxmem.ops.attention_terms import cumulative
 from jaxmem.ops.linear_reference import Features
 from jaxmem.ops.linear_terms import LinearState, Operands
 from pallas_kernels._compat import Precision
@@ -38,8 +39,8 @@ class _Chunk(NamedTuple):
     """[B G C K]"""
     v: Array
     """[B H C V]"""
-    log_decay: Array | None
-    """[B H C]"""
+    passed: tuple[Array, Array] | None
+    """Sums of the log decays since the chunk began, in two words that add up to them [B H C]."""
     document: Array | None
     """[B C]"""
 
@@ -86,9 +87,18 @@ def _cut(operands: Operands, size: int) -> _Chunk:
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, fill)), mode="edge")
         document = jnp.moveaxis(document.reshape(document.shape[0], -1, size), 1, 0)
-    gates = operands.log_decay
-    q, k, v = chunks(operands.q), chunks(operands.k), chunks(operands.v)
-    return _Chunk(q, k, v, None if gates is None else chunks(gates), document)
+    passed = None
+    if operands.log_decay is not None:
+        passed = _sums(chunks(operands.log_decay))
+    return _Chunk(chunks(operands.q), chunks(operands.k), chunks(operands.v), passed, document)
+
+
+def _sums(gates: Array) -> tuple[Array, Array]:
+    """Sum gates [N B H C] over each chunk, so that a strong one leaves weak ones their digits."""
+    words = jax.vmap(cumulative)(jnp.moveaxis(gates, -1, 2))  # over [B C H]
+    coarse, rest = (jnp.moveaxis(word, 2, -1) for word in words)
+    # The gradient of both is that of their sum, and the first one carries it.
+    return coarse, lax.stop_gradient(rest)
 
 
 def _chunk(walk: Walk, carry: _Carry, chunk: _Chunk) -> tuple[_Carry, tuple[Array, Array | None]]:
@@ -127,11 +137,10 @@ def _within(chunk: _Chunk) -> Array:
     if chunk.document is not None:
         seen = seen & (chunk.document[:, :, None] == chunk.document[:, None, :])
     seen = seen[:, None]
-    if chunk.log_decay is None:
+    if chunk.passed is None:
         return seen.astype(chunk.q.dtype)
-    passed = jnp.cumsum(chunk.log_decay, axis=-1)
-    passed = passed[..., :, None] - passed[..., None, :]
-    return jnp.exp(jnp.where(seen, passed, -jnp.inf))
+    coarse, rest = (a[..., :, None] - a[..., None, :] for a in chunk.passed)
+    return jnp.exp(jnp.where(seen, coarse + rest, -jnp.inf))
 
 
 def _across(chunk: _Chunk, before: Array) -> tuple[Array, Array, Array]:
@@ -140,13 +149,15 @@ def _across(chunk: _Chunk, before: Array) -> tuple[Array, Array, Array]:
     They are, from the state before to each token [B H C], from each token to the state after
     [B H C], and from the state before to the state after [B H].
     """
-    ones = jnp.ones((1, 1, chunk.q.shape[2]), chunk.q.dtype)
-    since = until = ones
-    if chunk.log_decay is not None:
-        passed = jnp.cumsum(chunk.log_decay, axis=-1)
-        since, until = jnp.exp(passed), jnp.exp(passed[..., -1:] - passed)
+    since = until = jnp.zeros((1, 1, chunk.q.shape[2]), chunk.q.dtype)
+    if chunk.passed is not None:
+        coarse, rest = chunk.passed
+        since = coarse + rest
+        until = (coarse[..., -1:] - coarse) + (rest[..., -1:] - rest)
     if chunk.document is not None:
+        # Masked as exponents: another document may grow beyond all floats.
         first, last = before[:, None], chunk.document[:, -1:]
-        since = jnp.where((chunk.document == first)[:, None], since, 0.0)
-        until = jnp.where((chunk.document == last)[:, None], until, 0.0)
+        since = jnp.where((chunk.document == first)[:, None], since, -jnp.inf)
+        until = jnp.where((chunk.document == last)[:, None], until, -jnp.inf)
+    since, until = jnp.exp(since), jnp.exp(until)
     return since, until, since[..., -1]

@@ -32,7 +32,7 @@ def run(
     def step(carry: tuple[LinearState, Array], inputs: tuple[Array, ...]) -> tuple:
         (memory, total), before = carry
         q, k, v, gate, document = inputs  # [B H K] [B H K] [B H V] [B H] [B]
-        kept = jnp.where((document == before)[:, None], jnp.exp(gate), 0.0)
+        kept = jnp.exp(jnp.where((document == before)[:, None], gate, -jnp.inf))
         written, asked = features(k), scale * q
         memory = _faded(memory, kept) + written[..., None] * v[..., None, :]
         y = jnp.einsum("bhf,bhfv->bhv", features(asked), memory)

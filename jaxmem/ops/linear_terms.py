@@ -52,12 +52,11 @@ class Operands(NamedTuple):
     v: Array
     """[B T H V]"""
     log_decay: Array | None
-    """[B T H] in float32 or wider."""
+    """[B T H] in float32 or wider, finite; 0 at padding and where a document starts."""
     document: Array | None
     """Number of the token's document, [B T] int32: 0 continues the state; padding the one before
     it."""
-    state: Any
-    """A `LinearState`, or None."""
+    state: LinearState | None
 
     @property
     def wide(self) -> Any:
@@ -110,7 +109,8 @@ def prepared(
     rows = spans(segment_ids, initial_segment)
     real = rows.valid[..., None]
     if log_decay is not None:
-        log_decay = jnp.where(real, log_decay, 0.0)
+        # A document's first gate has nothing to decay, so it may be anything too.
+        log_decay = jnp.where(real & ~rows.reset[..., None], log_decay, 0.0)
     k, v = jnp.where(real[..., None], k, 0.0), jnp.where(real[..., None], v, 0.0)
     document = jnp.cumsum(rows.reset, axis=1, dtype=jnp.int32)
     return Operands(q, k, v, log_decay, document, initial_state)
@@ -157,7 +157,10 @@ def _check_state(
 def _per_token(
     op: str, log_decay: Array | None, tokens: tuple[int, ...], dtype: Any
 ) -> Array | None:
-    """Return decays [B T H]; those of [H] are the same for all tokens."""
+    """Return finite decays [B T H]; those of [H] are the same for all tokens.
+
+    -inf lets nothing through, but a difference of sums of it is NaN.
+    """
     if log_decay is None:
         return None
     if log_decay.shape not in (tokens, tokens[2:]):
@@ -165,4 +168,12 @@ def _per_token(
             f"{op}: log_decay has shape {log_decay.shape}. Pass one number per token and head, "
             f"shape {tokens}, or one per head, shape {tokens[2:]}."
         )
-    return jnp.broadcast_to(log_decay.astype(dtype), tokens)
+    return jnp.broadcast_to(jnp.maximum(log_decay.astype(dtype), lowest_gate(dtype)), tokens)
+
+
+def lowest_gate(dtype: Any) -> float:
+    """Return the logarithm of a gate that leaves nothing, however much the rest grows after it.
+
+    Its exponential times the largest number of the dtype is still 0, and so is its gradient.
+    """
+    return 2.0 * math.log(jnp.finfo(dtype).smallest_subnormal)

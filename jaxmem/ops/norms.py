@@ -8,6 +8,8 @@ from jaxtyping import Float
 from jaxmem.shapes import HeadScalars
 
 _TINY = 1e-20
+EPS_FLOAT32 = float(jnp.finfo(jnp.float32).eps)
+"""The epsilon of PyTorch's root-mean-square norms where none is set."""
 
 
 def at_least_float32(x: Array) -> Array:
@@ -15,8 +17,8 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
-    r"""Scale to unit Euclidean length, y = x / |x|, on the last axis.
+def l2_normalise(x: Float[Array, "..."], *, axis: int = -1) -> Float[Array, "..."]:
+    r"""Scale to unit Euclidean length, y = x / |x|, on one axis.
 
     Differs: the authors divide by |x| or |x| + 1e-10, which gives NaN or a gradient of 1e10 at 0.
     Here a vector shorter than 1e-10 becomes 0 with gradient 0; elsewhere the difference is below
@@ -25,7 +27,7 @@ def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
     Reference: Memory Mosaics (arXiv 2405.06394), sec. 4; nanoMosaics `KeyFeatureExtractor`.
     """
     wide = at_least_float32(x)
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    square = jnp.sum(wide * wide, axis=axis, keepdims=True)
     longer = square > _TINY
     unit = wide * lax.rsqrt(jnp.where(longer, square, 1.0))
     return jnp.where(longer, unit, 0.0).astype(x.dtype)

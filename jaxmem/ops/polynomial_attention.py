@@ -8,6 +8,7 @@ softmax attention's numerator; this op takes all pairs of tokens at once and has
 
 import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ def polynomial_attention(
     k: Keys,
     v: Values,
     *,
-    coefficients: int | Coefficients,
+    coefficients: int | np.integer | Coefficients,
     scale: float,
     clamp: float | None = None,
     places: Places | None = None,
@@ -73,8 +74,8 @@ def polynomial_attention(
       q: queries.
       k: keys.
       v: values.
-      coefficients: c, or per head; a number N is Taylor's sum of N terms.
-      scale: factor of the products.
+      coefficients: c, or per head; a whole number N is Taylor's sum of N terms.
+      scale: factor of the products, a finite number.
       clamp: largest scale q·k; the gradient is 0 above it. None: no limit.
       places: where queries and keys stand; None: in one row, T = S, all of one document.
       log_forget: logarithms of gates that a weight decays by on its way, by the slot of each key.
@@ -85,14 +86,16 @@ def polynomial_attention(
     Raises:
       ShapeError: shapes do not fit, or an axis is empty.
       DTypeError: an operand is not floating point.
-      ConfigError: there is no coefficient, or the clamp is not a finite number.
+      ConfigError: there is no coefficient, or scale or clamp is not a finite number.
       UnknownName: no such implementation or precision.
-      KernelUnsupported: the named implementation does not exist here.
+      KernelUnsupported: the named implementation does not exist here; there is no kernel.
 
     Reference: "On the Expressiveness of Softmax Attention" (arXiv 2507.23632), sec. 3;
       `softmax_taylor_80terms`, `softmax_learned_terms`.
     """
-    _check(q, k, v, coefficients, places, log_forget)
+    _check(q, k, v, places, log_forget)
+    coefficients = _whole(coefficients)
+    _check_weights(coefficients, scale, q.shape[2])
     check_clamp("polynomial_attention", clamp)
     check_precision(precision)
     form = resolve("polynomial_attention", implementation, q, k, v)
@@ -116,7 +119,6 @@ def _check(
     q: Array,
     k: Array,
     v: Array,
-    coefficients: int | Array,
     places: Places | None,
     log_forget: Array | None,
 ) -> None:
@@ -136,14 +138,29 @@ def _check(
     if places is not None:
         check_documents(op, q.shape[:2], places.query_segment)
         check_documents(op, k.shape[:2], places.key_segment)
+
+
+def _whole(coefficients: int | np.integer | Array) -> int | Array:
+    """Return a number of terms as Python's."""
+    return int(coefficients) if isinstance(coefficients, np.integer) else coefficients
+
+
+def _check_weights(coefficients: int | Array, scale: float, heads: int) -> None:
+    op = "polynomial_attention"
+    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ConfigError(f"{op}: scale={scale} is not a finite number. Use K**-0.5, say.")
     if isinstance(coefficients, int):
         if coefficients < 1:
             raise ConfigError(f"{op}: Taylor's sum of {coefficients} terms. Use 1 or more.")
-    elif coefficients.shape not in ((coefficients.shape[0],), (coefficients.shape[0], q.shape[2])):
+        return
+    shape = jnp.shape(coefficients)
+    if len(shape) not in (1, 2) or shape[1:] not in ((), (heads,)):
         raise ShapeError(
-            f"{op}: coefficients have shape {coefficients.shape}. Pass [N], or [N H] with "
-            f"H={q.shape[2]}."
+            f"{op}: coefficients have shape {shape}. Pass [N], or [N H] with H={heads}, or a "
+            "whole number for the terms of Taylor's sum."
         )
+    if shape[0] == 0:
+        raise ConfigError(f"{op}: coefficients {shape} are none at all. Pass one or more.")
 
 
 def _clamped(similarity: Similarity, clamp: float | None) -> Similarity:

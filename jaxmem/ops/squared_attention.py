@@ -96,15 +96,16 @@ def squared_attention(
       k: keys.
       v: values; V may differ from K.
       scale: factor of the products, before the square.
-      log_decay: g, one number per token and head, or per head; None: no decay.
+      log_decay: g, as in `linear_attention`; None: no decay.
       with_total: also return the sums of weights.
       initial_state: sums over earlier tokens, of K (K + 1) / 2 features; None: none, and none is
-        returned. With a state the chunked form runs, whatever the length.
+        returned. With a state the recurrence over features runs, whatever the length.
       segment_ids: as in `linear_attention`.
       initial_segment: as in `linear_attention`.
       implementation: `reference` is one step per token with features; `xla` takes all pairs, block
-        by block, in rows that are short (`quadratic_is_shorter`), else chunks; `pallas` is a kernel
-        over all pairs, which has no state.
+        by block, in rows that are short (`quadratic_is_shorter`), else chunks; `pallas` names the
+        kernel over all pairs for rows that are read at once. It has no state, so that with one, as
+        in decoding, this name means what `auto` does, chunks in XLA; `explain` says so.
       chunk_size: tokens per chunk; speed and memory only. None: 32.
       precision: of the matrix products; None: JAX's default. Squares double a relative error.
       config: launch configuration of the kernel; None: that of the tables.
@@ -118,8 +119,11 @@ def squared_attention(
       KernelUnsupported: the named implementation cannot run this call.
 
     Reference: 2Mamba2Furious (arXiv 2602.17363), `squared` kernels. Differs: upstream takes the
-      maximum of signed products, and a floor of a denominator that depends on it; neither is
-      needed, for no weight is negative and none of decaying tokens can overflow.
+      maximum of signed products, and a floor of a denominator that depends on it. Over all pairs
+      neither is needed, for no weight is negative and none of decaying tokens can overflow. In
+      the recurrence total = φ(q)·z cancels where q is nearly orthogonal to the keys: its error is
+      about eps |scale q|² Σ_j e^{g_{j+1} + ... + g_t} |k_j|² whatever the total is, and a negative
+      one is returned as 0.
     """
     operands = prepared(
         "squared_attention",
@@ -136,8 +140,10 @@ def squared_attention(
         chunk_size=chunk_size,
         precision=precision,
     )
+    # The kernel's name is for rows read at once; `auto` tells `explain` why it is not taken here.
+    asked = "auto" if implementation == "pallas" and initial_state is not None else implementation
     options = {"initial_state": initial_state, "config": config}
-    form = resolve("squared_attention", implementation, q, k, v, **options)
+    form = resolve("squared_attention", asked, q, k, v, **options)
     if form == "pallas":
         static = _Static(scale, precision, config, interpreted(interpret))
         found: Any = _kernel(static, *_pairs(operands))
@@ -160,7 +166,7 @@ def _pallas_unmet(
     config: PairTiles | None = None,
 ) -> str | None:
     if initial_state is not None:
-        return "it takes all pairs of tokens and has no state"
+        return "it takes all pairs of tokens; with a state the recurrence runs, in chunks or steps"
     why = kernels.unmet(
         jnp.promote_types(q.dtype, k.dtype),
         v.dtype,
@@ -203,6 +209,8 @@ def _with_state(
     else:
         walk = linear_chunks.Walk(2, squared_features, scale, chunk_size or CHUNK, precision)
         y, total, state = linear_chunks.run(operands, start, walk)
+    if total is not None:
+        total = jnp.where(total < 0.0, 0.0, total)  # rounding of a sum of squares
     return LinearRead(y.astype(read_dtype(v)), total, None if operands.state is None else state)
 
 

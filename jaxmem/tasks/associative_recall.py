@@ -11,27 +11,17 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxmem.backbones.base import ModelConfig, with_vocabulary
 from jaxmem.data.config import DataConfig
 from jaxmem.data.recall import RecallShape, draw_rows
-from jaxmem.errors import ConfigError, ShapeError
-from jaxmem.tasks.base import (
-    SPLITS,
-    Batch,
-    Batches,
-    CountedBatches,
-    RunInfo,
-    Task,
-    TaskConfig,
-    TaskLoss,
-    register_task,
-)
-from jaxmem.tasks.language_modeling import cross_entropy_sum
+from jaxmem.data.scored import ScoredRows
+from jaxmem.errors import ConfigError
+from jaxmem.tasks.base import RunInfo, TaskConfig, register_task
+from jaxmem.tasks.scored_rows import ScoredRowsTask, right_answers
 
 GENERATOR = 1
 """Raised when the same config gives other rows."""
@@ -69,8 +59,8 @@ class AssociativeRecallConfig(TaskConfig):
         return AssociativeRecall(self, with_vocabulary(model, vocabulary, owner="task"))
 
 
-class AssociativeRecall(Task):
-    """Rows drawn anew for every batch; training and validation rows are of the same kind."""
+class AssociativeRecall(ScoredRowsTask):
+    """Facts and questions about them; `accuracy` is the share of right answers."""
 
     unit = "answers"
     loss_label = "loss (nats per answer)"
@@ -96,24 +86,9 @@ class AssociativeRecall(Task):
             f"{rows.questions} questions; {rows.keys} keys, {rows.values} values"
         ]
 
-    def batches(
-        self, split: str, *, batch_size: int, seed: int, process_index: int, process_count: int
-    ) -> Batches:
-        """Draw rows for ever."""
-
-        def make(number: int) -> dict[str, np.ndarray]:
-            rng = np.random.default_rng([seed, SPLITS.index(split), number])
-            rows = draw_rows(rng, batch_size, self.model.context_len, self.config.rows)
-            return rows._asdict()
-
-        return CountedBatches(make, process_index=process_index, process_count=process_count)
-
-    def loss(self, model: Any, batch: Batch, *, rngs: nnx.Rngs | None = None) -> TaskLoss:
-        """Sum the cross-entropy of the answers; `accuracy` is the share of right ones."""
-        output = model(batch["tokens"], rngs=rngs)
-        total, count = cross_entropy_sum(output.logits, batch["targets"])
-        right = right_answers(output.logits, batch["targets"])
-        return TaskLoss(total, count, dict(output.aux) | {"accuracy": right / count})
+    def draw(self, rng: np.random.Generator, rows: int) -> ScoredRows:
+        """Draw facts, filler and questions."""
+        return draw_rows(rng, rows, self.model.context_len, self.config.rows)
 
     def finish(self, model: Any, run: RunInfo, key: jax.Array) -> list[str]:
         """Measure accuracy at all lengths and write it as JSON and as a table."""
@@ -135,6 +110,8 @@ class AssociativeRecall(Task):
 
     def _accuracy(self, model: Any, length: int, seed: int) -> float | None:
         """Return the accuracy in rows of a length; None if the model cannot read them."""
+        if not self.can_read(length):
+            return None
         graph, params = nnx.split(model)
 
         @jax.jit
@@ -146,14 +123,5 @@ class AssociativeRecall(Task):
         # Few rows at once: attention over a row may take memory that grows with its square.
         for done in range(0, self.config.test_rows, 8):
             rows = draw(min(8, self.config.test_rows - done), length, self.config.rows)
-            try:
-                right += int(count(params, *rows))
-            except ShapeError:  # learned positions end somewhere
-                return None
+            right += int(count(params, *rows))
         return right / (self.config.test_rows * self.config.rows.questions)
-
-
-def right_answers(logits: Float[Array, "B T X"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Count the scored positions whose likeliest token is the target."""
-    right = (jnp.argmax(logits, axis=-1) == targets) & (targets >= 0)
-    return jnp.sum(right).astype(jnp.float32)

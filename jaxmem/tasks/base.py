@@ -167,7 +167,7 @@ class Task(ABC):
     changed: ClassVar[str] = "this version's generator gives other examples"
     """What has happened if the data are not those of the checkpoint."""
     tokenizer: Any = None
-    """Turns text into tokens; None if the task has no text."""
+    """Turns text into tokens; None if the task reads no text but its own."""
 
     def __init__(self, model: ModelConfig):
         """Take the model config, completed by what the data ask for (the vocabulary)."""

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from jaxmem.backbones.base import ModelConfig, with_vocabulary
 from jaxmem.data.config import DataConfig
@@ -37,21 +35,12 @@ from jaxmem.data.needle import (
     draw_rows,
     is_right,
 )
-from jaxmem.errors import ConfigError, NonFiniteLoss
+from jaxmem.data.scored import ScoredRows
+from jaxmem.errors import ConfigError
 from jaxmem.generate.sampling import Sampling
 from jaxmem.generate.text import generate_text
-from jaxmem.tasks.base import (
-    SPLITS,
-    Batch,
-    Batches,
-    CountedBatches,
-    RunInfo,
-    Task,
-    TaskConfig,
-    TaskLoss,
-    register_task,
-)
-from jaxmem.tasks.language_modeling import cross_entropy_sum
+from jaxmem.tasks.base import RunInfo, TaskConfig, register_task
+from jaxmem.tasks.scored_rows import ScoredRowsTask
 
 GENERATOR = 1
 """Raised when the same config gives other prompts."""
@@ -99,8 +88,8 @@ class NeedleConfig(TaskConfig):
         return NeedleTask(self, with_vocabulary(model, TOKENIZER.vocab_size, owner="tokenizer"))
 
 
-class NeedleTask(Task):
-    """Prompts drawn anew for every batch; training and validation prompts are of the same kind."""
+class NeedleTask(ScoredRowsTask):
+    """Prompts with their answers; `accuracy` is the share of right characters of the answers."""
 
     unit = "characters"
     loss_label = "loss (nats per character of the answer)"
@@ -122,23 +111,9 @@ class NeedleTask(Task):
             f"answer up to {self.model.context_len} characters; {TOKENIZER.vocab_size} kinds"
         ]
 
-    def batches(
-        self, split: str, *, batch_size: int, seed: int, process_index: int, process_count: int
-    ) -> Batches:
-        """Draw prompts for ever."""
-
-        def make(number: int) -> dict[str, np.ndarray]:
-            rng = np.random.default_rng([seed, SPLITS.index(split), number])
-            return draw_rows(rng, batch_size, self.model.context_len)._asdict()
-
-        return CountedBatches(make, process_index=process_index, process_count=process_count)
-
-    def loss(self, model: Any, batch: Batch, *, rngs: nnx.Rngs | None = None) -> TaskLoss:
-        """Sum the cross-entropy of the answers; `accuracy` is the share of faultless ones."""
-        output = model(batch["tokens"], rngs=rngs)
-        total, count = cross_entropy_sum(output.logits, batch["targets"])
-        accuracy = faultless(output.logits, batch["targets"])
-        return TaskLoss(total, count, dict(output.aux) | {"accuracy": accuracy})
+    def draw(self, rng: np.random.Generator, rows: int) -> ScoredRows:
+        """Draw prompts with their answers."""
+        return draw_rows(rng, rows, self.model.context_len)
 
     def finish(self, model: Any, run: RunInfo, key: jax.Array) -> list[str]:
         """Answer prompts of all lengths and depths; write JSON, a table and a heat map."""
@@ -161,27 +136,22 @@ class NeedleTask(Task):
 
     def answer(self, model: Any, *, seed: int) -> Accuracy:
         """Return the accuracy by length and depth; the prompts depend on the seed only."""
-        lengths, depths = self.config.lengths, self.config.depths
+        lengths = self.config.lengths
         # One size of state for all lengths: the decode step is compiled once.
         reader = with_context(model, max(lengths) + NEW_TOKENS)
-        found: Accuracy = []
-        for length in lengths:
-            row: list[float | None] = []
-            for number, depth in enumerate(depths):
-                rng = np.random.default_rng([seed, length, number])
-                drawn = [draw_prompt(rng, length, depth) for _ in range(self.config.test_prompts)]
-                row.append(share_right(reader, drawn))
-            found.append(row)
+        return [self._by_depth(reader, length, seed) for length in lengths]
+
+    def _by_depth(self, model: tuple[Any, Any], length: int, seed: int) -> list[float | None]:
+        """Return the accuracy by depth for prompts of a length."""
+        depths = self.config.depths
+        if not self.can_read(length + NEW_TOKENS - 1):  # the last new one is not read
+            return [None] * len(depths)
+        found: list[float | None] = []
+        for number, depth in enumerate(depths):
+            rng = np.random.default_rng([seed, length, number])
+            drawn = [draw_prompt(rng, length, depth) for _ in range(self.config.test_prompts)]
+            found.append(share_right(model, drawn))
         return found
-
-
-def faultless(logits: Float[Array, "B T X"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Return the share of rows in which the likeliest token is the target wherever one is scored.
-
-    As each is read after the right ones before it, this is the exact match of greedy answers.
-    """
-    right = (jnp.argmax(logits, axis=-1) == targets) | (targets < 0)
-    return jnp.mean(jnp.all(right, axis=1).astype(jnp.float32))
 
 
 def with_context(model: Any, context_len: int) -> tuple[Any, Any]:
@@ -191,19 +161,16 @@ def with_context(model: Any, context_len: int) -> tuple[Any, Any]:
     return nnx.split(reader)
 
 
-def share_right(model: tuple[Any, Any], prompts: Sequence[Prompt]) -> float | None:
-    """Return the share of prompts answered rightly; None if the model cannot read them."""
-    try:
-        said = generate_text(
-            model,
-            TOKENIZER,
-            [prompt.text for prompt in prompts],
-            max_new_tokens=NEW_TOKENS,
-            sampling=Sampling(temperature=0.0),
-            key=jax.random.key(0),
-        )
-    except NonFiniteLoss:  # learned positions end somewhere
-        return None
+def share_right(model: tuple[Any, Any], prompts: Sequence[Prompt]) -> float:
+    """Return the share of prompts answered rightly."""
+    said = generate_text(
+        model,
+        TOKENIZER,
+        [prompt.text for prompt in prompts],
+        max_new_tokens=NEW_TOKENS,
+        sampling=Sampling(temperature=0.0),
+        key=jax.random.key(0),
+    )
     answers = zip(said, prompts, strict=True)
     return float(np.mean([is_right(text, prompt.key) for text, prompt in answers]))
 

@@ -59,12 +59,12 @@ class LoadedRun(NamedTuple):
         """Tokenizer of the run's text.
 
         Raises:
-          ConfigError: the run's task has none.
+          ConfigError: the run's task makes its own data.
         """
         if self.task.tokenizer is None:
             raise ConfigError(
-                f"The run's task, {task_name(type(self.config.task))}, has no text and so no "
-                "tokenizer. Choose a run of language_modeling."
+                f"The run's task, {task_name(type(self.config.task))}, makes its own data and has "
+                "no tokenizer for other texts. Choose a run of language_modeling."
             )
         return self.task.tokenizer
 

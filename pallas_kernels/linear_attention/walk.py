@@ -149,24 +149,8 @@ def walk(
       interpret: evaluate with plain JAX instead of a GPU.
     """
     batch, length, _, columns = inputs.c.shape
-    heads, width = inputs.state.shape[1], inputs.a.shape[3]
-    half = all(x.dtype == jnp.bfloat16 for x in (inputs.a, inputs.b, inputs.c))
-    # Half-precision numbers are TF32 numbers: one product of them is exact.
-    wide = all(x.dtype == jnp.float32 for x in (inputs.a, inputs.b))
-    call = Call(
-        length=length,
-        width=width,
-        columns=columns,
-        scale=scale,
-        chunk=tiling.chunk,
-        block=min(tiling.block, power_of_two(columns)),
-        reverse=reverse,
-        turned=turned,
-        dtype=jnp.bfloat16 if half else jnp.float32,
-        pairs=precision or ("high" if wide else "default"),
-        rest=precision or "default",
-        interpret=interpret,
-    )
+    heads = inputs.state.shape[1]
+    call = _call_of(inputs, tiling, scale, reverse, turned, precision, interpret)
     blocks = -(-columns // call.block)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     per_token = float32((batch, length, heads))
@@ -193,6 +177,35 @@ def walk(
         num_stages=tiling.num_stages,
         interpret=interpret,
     )(inputs)[0]
+
+
+def _call_of(
+    inputs: Inputs,
+    tiling: Tiling,
+    scale: float,
+    reverse: bool,
+    turned: bool,
+    precision: Precision | None,
+    interpret: bool,
+) -> Call:
+    half = all(x.dtype == jnp.bfloat16 for x in (inputs.a, inputs.b, inputs.c))
+    # Half-precision numbers are TF32 numbers: one product of them is exact.
+    wide = all(x.dtype == jnp.float32 for x in (inputs.a, inputs.b))
+    columns = inputs.c.shape[3]
+    return Call(
+        length=inputs.c.shape[1],
+        width=inputs.a.shape[3],
+        columns=columns,
+        scale=scale,
+        chunk=tiling.chunk,
+        block=min(tiling.block, power_of_two(columns)),
+        reverse=reverse,
+        turned=turned,
+        dtype=jnp.bfloat16 if half else jnp.float32,
+        pairs=precision or ("high" if wide else "default"),
+        rest=precision or "default",
+        interpret=interpret,
+    )
 
 
 def _specs(spec: Any, arrays: Any, axes: Any) -> Any:
@@ -233,16 +246,8 @@ def _kernel(refs: Inputs, outs: Outputs, *, call: Call) -> None:
         c = _tile(call, refs.c, at, inside, mine)
         extra = None if refs.extra is None else _vector(call, refs.extra, at, inside)
         chunk = _chunk(call, refs, at, inside)
-        pairs = mm(a, b, tb=True, precision=call.pairs, interpret=call.interpret)
-        if extra is not None:
-            pairs += _along(extra, 1 if call.reverse else 0)
-        pairs = pairs * call.scale
-        weights = pairs if chunk.between is None else pairs * chunk.between
-        # A pair that is not seen may have any decay, even an infinite one.
-        weights = jnp.where(chunk.seen, weights, 0.0)
-        read = _product(call, state.astype(call.dtype), a, tb=True).T
-        if extra is not None:
-            read += sums[None, :] if call.reverse else extra[:, None] * sums[None, :]
+        pairs, weights = _weights(call, chunk, a, b, extra)
+        read = _read_state(call, a, extra, state, sums)
         out = _product(call, weights.astype(call.dtype), c) + _column(chunk.reads) * read
         tokens = pl.ds(at, call.chunk)
         if refs.beside is not None:
@@ -271,6 +276,27 @@ def _kernel(refs: Inputs, outs: Outputs, *, call: Call) -> None:
         store(outs.state, state if call.turned else state.T, _cells(call, wide, mine))
     if outs.sums is not None:
         store(outs.sums, sums, summed if refs.extra is not None else summed & (block == 0))
+
+
+def _weights(
+    call: Call, chunk: Chunk, a: Array, b: Array, extra: Array | None
+) -> tuple[Array, Array]:
+    """Return the scaled products of the pairs of a chunk, and what is left of those seen."""
+    pairs = mm(a, b, tb=True, precision=call.pairs, interpret=call.interpret)
+    if extra is not None:
+        pairs += _along(extra, 1 if call.reverse else 0)
+    pairs = pairs * call.scale
+    weights = pairs if chunk.between is None else pairs * chunk.between
+    # A pair that is not seen may have any decay, even an infinite one.
+    return pairs, jnp.where(chunk.seen, weights, 0.0)
+
+
+def _read_state(call: Call, a: Array, extra: Array | None, state: Array, sums: Any) -> Array:
+    """Return what the tokens of a chunk read of the state, as if nothing decayed."""
+    read = _product(call, state.astype(call.dtype), a, tb=True).T
+    if extra is not None:
+        read += sums[None, :] if call.reverse else extra[:, None] * sums[None, :]
+    return read
 
 
 def _summed(call: Call, chunk: Chunk, b: Array, written: Array, extra: Array | None) -> Array:

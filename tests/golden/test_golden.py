@@ -8,12 +8,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
+from jaxmem.interop.attention_types import MAMBA
+from jaxmem.mixers.mamba2 import Mamba2Config
+from jaxmem.mixers.root_orders import RootOrdersConfig
+from jaxmem.mixers.softmax_state import SoftmaxStateConfig
+from jaxmem.mixers.two_mamba import TwoMambaConfig
 from tests.golden import adapters, check
-from tests.golden.adapters import memory_mosaics, memory_mosaics_library
+from tests.golden.adapters import memory_mosaics, memory_mosaics_library, two_mamba
 
 DATA = Path(__file__).parent / "data"
 FILES = check.find_files([DATA], "")
@@ -27,26 +33,94 @@ def test_stored_file_passes(path: Path, precision: check.Precision):
     assert result.verdict == "passed", result.reason
 
 
+def stored(system: str) -> list[adapters.Golden]:
+    return [adapters.load(path) for path in FILES if path.parent.name == system]
+
+
 def test_every_kind_of_module_is_stored_once():
-    modules = [adapters.load(path).meta["module"] for path in FILES]
+    modules = [golden.meta["module"] for golden in stored("memory_mosaics")]
     for pattern, _ in (*memory_mosaics.KINDS, *memory_mosaics_library.KINDS):
         assert any(re.search(pattern, module) for module in modules), pattern
     assert sum(path.stat().st_size for path in FILES) < 6_000_000
 
 
-@pytest.fixture
-def edited(tmp_path: Path) -> Callable[[Edit], check.Result]:
-    """Return a function that changes a small golden file and checks it."""
+CHOICES = (
+    "feature", "rope", "kernel", "decay", "denominator", "value", "key_gate", "out_gate", "norm",
+)  # fmt: skip
+"""Fields of the grammar of 2Mamba that choose between formulas."""
+KINDS = {
+    "attn", "core", "decode", "edge", "ext", "extra", "fixed", "layer", "lm", "mamba", "padmask",
+    "poly",
+}  # fmt: skip
+"""What names of its files begin with."""
 
-    def run(edit: Edit) -> check.Result:
-        small = next(p for p in FILES if "value extractor" in adapters.load(p).meta["module"])
-        with np.load(small) as data:
+
+def test_every_layer_of_2mamba_and_every_choice_of_its_grammar_is_stored_once():
+    files = stored("two_mamba")
+    assert {golden.path.stem.partition("_")[0] for golden in files} == KINDS
+    layers = [two_mamba.layer(golden)[0] for golden in files if two_mamba.recognises(golden.meta)]
+    assert {type(layer) for layer in layers} == {
+        TwoMambaConfig,
+        Mamba2Config,
+        RootOrdersConfig,
+        SoftmaxStateConfig,
+    }
+    rows = [layer for layer in layers if isinstance(layer, TwoMambaConfig)]
+    for field in CHOICES:
+        choices = {*get_args(get_type_hints(TwoMambaConfig)[field])}
+        # No published type gates behind its norm alone.
+        assert {getattr(row, field) for row in rows} == choices - {"post"}, field
+    heads = {layer.ssm_dim == layer.head_dim for layer in layers if isinstance(layer, Mamba2Config)}
+    assert heads == {True, False}
+    names = {golden.meta.get("attention_type") for golden in files} & set(MAMBA)
+    assert {part for name in names for part in name.split("__")} == {
+        part for name in MAMBA for part in name.split("__")
+    }
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[..., check.Result]:
+    """Return a function that changes a golden file, by default a small one, and checks it."""
+
+    def run(edit: Edit, stem: str = "nano_val_bias") -> check.Result:
+        with np.load(next(path for path in FILES if path.stem == stem)) as data:
             arrays = dict(data)
         edit(arrays)
         np.savez(tmp_path / "changed.npz", **arrays)
         return check.check_file(tmp_path / "changed.npz", "float64")
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("stem", "meta", "words"),
+    [
+        ("mamba_linear__output_norm__Z_out_gate", {"use_D_res": True}, "skip=False, not True"),
+        (
+            "mamba_linear__output_norm__in_conv_k_4",
+            {"in_conv_dim": 3, "power": "2"},
+            "kernel='pow1', not 'pow2'; conv=4, not 3",
+        ),
+    ],
+)
+def test_published_name_with_other_switches_fails(edited, stem: str, meta: dict, words: str):
+    def switch(arrays: dict[str, np.ndarray]) -> None:
+        found = json.loads(str(arrays["meta"]))
+        arrays["meta"] = np.array(json.dumps(found | {"config": found["config"] | meta}))
+
+    result = edited(switch, stem)
+    assert result.verdict == "failed"
+    assert f"is not what the file's meta says: {words}" in result.reason
+
+
+def test_mamba_with_another_number_of_heads_fails(edited):
+    def switch(arrays: dict[str, np.ndarray]) -> None:
+        meta = json.loads(str(arrays["meta"]))
+        arrays["meta"] = np.array(json.dumps(meta | {"d_ssm": meta["hidden_size"]}))
+
+    result = edited(switch, "mamba_mamba")
+    assert result.verdict == "failed"
+    assert "'mamba' is not what the file's meta says: ssm_dim=12, not 24" in result.reason
 
 
 def test_unchanged_copy_passes_although_its_folder_names_no_system(edited):
@@ -120,14 +194,15 @@ def test_unknown_module_is_unsupported_and_not_a_success(
 
 
 def test_command_line_runs_files_in_workers():
-    names = [path.stem for path in sorted(FILES, key=lambda path: path.stat().st_size)[:2]]
-    only = f"^({'|'.join(names)})$"
+    paths = sorted(sorted(FILES, key=lambda path: path.stat().st_size)[:2])
+    only = f"^({'|'.join(path.stem for path in paths)})$"
     command = [sys.executable, "-m", "tests.golden.check", str(DATA), "--only", only]
     done = subprocess.run(command, cwd=DATA.parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "2 passed, 0 failed, 0 unsupported"
-    assert [line.split()[0].split("/")[1] for line in lines[1:-1]] == sorted(names)
+    named = [f"{path.parent.name}/{path.stem}" for path in paths]
+    assert [line.split()[0] for line in lines[1:-1]] == named
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], [str(DATA), "--only", "^nothing$"]])

@@ -100,6 +100,16 @@ def test_extreme_gates(form: str):
     check(run(args, implementation=form), direct(args, rows_visible(SMALL)))
 
 
+@pytest.mark.parametrize("length", [65, 300])
+def test_gates_that_grow(form: str, length: int):
+    """Older keys gain up to e^0.3 a token, so that they outweigh near ones by e^45 in the end."""
+    size = Size(batch=1, length=length, width=5, value_width=3)
+    args = inputs(size)
+    gates = 0.3 * jax.random.uniform(jax.random.key(6), (1, length, size.heads))
+    args = args._replace(log_forget=gates)
+    check(run(args, implementation=form), direct(args, rows_visible(size)))
+
+
 def test_clamp_and_value_gates_among_all_else(form: str):
     """As `test_everything_at_once`; a quarter of the logits exceed the clamp."""
     size = Size(batch=2, length=19, heads=4, groups=2, width=6, value_width=5)

@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import ConfigError, DTypeError, KernelUnsupported, ShapeError
+from jaxmem.errors import ConfigError, DTypeError, ShapeError
 from jaxmem.ops.dispatch import explain
 from jaxmem.ops.linear_attention import init_linear_state, linear_attention
 from jaxmem.ops.squared_attention import quadratic_is_shorter, squared_attention, squared_features
@@ -28,16 +28,26 @@ STRESS = Budget(rtol=2e-4, atol=2e-5, rms=1e-5)
 """At products of 1000 float32 keeps 4 digits of the smallest sums."""
 
 
-def run(power: int, given: Operands, **options: Any) -> tuple[Any, Any]:
+def drawn(power: int, length: int, **size: Any) -> Operands:
+    """Draw operands, with a state whose total is one of squares if weights are squares."""
+    given = operands(power, length, **size)
+    if power == 1 or given.state.total is None:
+        return given
+    keys = np.random.default_rng(length).normal(
+        size=(*given.v.shape[::2][:2], 7, size.get("width", 5))
+    )
+    total = np.sum(np.asarray(squared_features(jnp.asarray(keys))), axis=2)
+    return given._replace(state=given.state._replace(total=total))
+
+
+def run(power: int, given: Operands, *, with_total: bool = True, **options: Any) -> tuple[Any, Any]:
     """Return outputs and the gradients of a functional of them, in float32."""
     given = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)
 
     def scalar(given: Operands) -> tuple[jax.Array, Any]:
         q, k, v, gates, state = given
-        total = options.pop("with_total", True)
-        read = OPS[power](
-            q, k, v, scale=SCALE, log_decay=gates, initial_state=state, with_total=total, **options
-        )
+        asked = {"initial_state": state, "with_total": with_total, **options}
+        read = OPS[power](q, k, v, scale=SCALE, log_decay=gates, **asked)
         outputs = tuple(leaf for leaf in read if leaf is not None)
         return functional(outputs), outputs
 
@@ -45,7 +55,9 @@ def run(power: int, given: Operands, **options: Any) -> tuple[Any, Any]:
     return outputs, grads
 
 
-def wanted(power: int, given: Operands, *, stateful: bool, **options: Any) -> tuple[Any, Any]:
+def wanted(
+    power: int, given: Operands, *, stateful: bool, with_total: bool = True, **options: Any
+) -> tuple[Any, Any]:
     """Return the same of the formula, in float64."""
     with jax.enable_x64(True):
         given = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), given)
@@ -58,7 +70,12 @@ def wanted(power: int, given: Operands, *, stateful: bool, **options: Any) -> tu
         def scalar(given: Operands) -> tuple[jax.Array, Any]:
             whole = given if stateful else given._replace(state=zeros)
             outputs = formula(power, SCALE, whole, **options)
-            outputs = outputs if stateful else outputs[:2]
+            read = (
+                outputs[0],
+                outputs[1] if with_total else None,
+                outputs[2] if stateful else None,
+            )
+            outputs = tuple(leaf for leaf in read if leaf is not None)
             return functional(outputs), outputs
 
         (_, outputs), grads = jax.value_and_grad(scalar, has_aux=True)(whole)
@@ -68,11 +85,14 @@ def wanted(power: int, given: Operands, *, stateful: bool, **options: Any) -> tu
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_forms_without_a_state(power: int, implementation: str, packed: bool):
+@pytest.mark.parametrize("with_total", [False, True])
+def test_forms_without_a_state(power: int, implementation: str, packed: bool, with_total: bool):
     given = operands(power, len(IDS))._replace(state=None)
     ids = jnp.broadcast_to(IDS, (2, len(IDS))) if packed else None
-    got = run(power, given, segment_ids=ids, implementation=implementation, chunk_size=4)
-    expected = wanted(power, given, stateful=False, ids=IDS if packed else None)
+    options = {"implementation": implementation, "chunk_size": 4, "segment_ids": ids}
+    got = run(power, given, with_total=with_total, **options)
+    shape = {"ids": IDS if packed else None, "with_total": with_total}
+    expected = wanted(power, given, stateful=False, **shape)
     assert_close(got[0], expected[0], FORWARD)
     assert_close(got[1], expected[1], GRADIENT)
 
@@ -82,15 +102,16 @@ def test_forms_without_a_state(power: int, implementation: str, packed: bool):
     [(1, "reference"), (1, "xla"), (1, "pallas"), (2, "reference"), (2, "xla")],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_forms_with_a_state(power: int, implementation: str, packed: bool):
-    given = operands(power, len(IDS))
-    options: dict[str, Any] = {}
+@pytest.mark.parametrize("with_total", [False, True])
+def test_forms_with_a_state(power: int, implementation: str, packed: bool, with_total: bool):
+    given = drawn(power, len(IDS), with_total=with_total)
+    options: dict[str, Any] = {"with_total": with_total}
     if packed:
         options["segment_ids"] = jnp.broadcast_to(IDS, (2, len(IDS)))
         options["initial_segment"] = jnp.full((2,), STATE_DOCUMENT)
     got = run(power, given, implementation=implementation, chunk_size=4, **options)
     shape = {"ids": IDS, "state_document": STATE_DOCUMENT} if packed else {}
-    expected = wanted(power, given, stateful=True, **shape)
+    expected = wanted(power, given, stateful=True, with_total=with_total, **shape)
     assert_close(got[0], expected[0], FORWARD)
     assert_close(got[1], expected[1], GRADIENT)
 
@@ -98,7 +119,7 @@ def test_forms_with_a_state(power: int, implementation: str, packed: bool):
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 64])
 def test_chunks_of_any_size(power: int, chunk_size: int):
-    given = operands(power, 17, decay=False, groups=4)
+    given = drawn(power, 17, decay=False, groups=4)
     got = run(power, given, implementation="xla", chunk_size=chunk_size)
     expected = wanted(power, given, stateful=True)
     assert_close(got[0], expected[0], FORWARD)
@@ -127,6 +148,51 @@ def test_fast_decays_and_large_products(power: int, implementation: str):
     expected = wanted(power, given, stateful=False)
     assert_close(got[0], expected[0], STRESS)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(got[1]))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+@pytest.mark.parametrize("gate", [-300.0, -1e4, -np.inf])
+def test_gates_that_let_nothing_through(power: int, implementation: str, gate: float):
+    """They cost the weak gates beside them no digits, forward or backward."""
+    given = operands(power, 19)._replace(state=None)
+    gates = 0.01 * given.log_decay
+    gates[0, 5], gates[1, 10:12], gates[1, 0] = gate, gate, gate
+    got = run(power, given._replace(log_decay=gates), implementation=implementation, chunk_size=8)
+    finite = given._replace(log_decay=np.maximum(gates, -1e4))
+    expected = wanted(power, finite, stateful=False)
+    assert_close(got[0], expected[0], FORWARD)
+    assert_close(got[1], expected[1], GRADIENT)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("gate", [-300.0, -1e4, -np.inf])
+def test_gates_that_drop_the_state(power: int, implementation: str, gate: float):
+    given = drawn(power, 9)
+    gates = 0.01 * given.log_decay
+    gates[0, 0] = gates[1, 4] = gate
+    got = run(power, given._replace(log_decay=gates), implementation=implementation, chunk_size=4)
+    finite = given._replace(log_decay=np.maximum(gates, -1e4))
+    expected = wanted(power, finite, stateful=True)
+    assert_close(got[0], expected[0], FORWARD)
+    assert_close(got[1], expected[1], GRADIENT)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_a_document_does_not_feel_the_growth_of_others(power: int, implementation: str):
+    """Gates of e^120 at and after the start of a document, all in one chunk."""
+    ids = np.repeat([3, 5, 6], [4, 5, 3])
+    given = operands(power, 12)._replace(state=None)
+    gates = np.array(given.log_decay)
+    gates[:, 4:7] = 20.0 if power == 2 else 40.0
+    gates[0, 4] = gates[0, 9] = 120.0
+    rows = {"segment_ids": jnp.broadcast_to(ids, (2, 12)), "implementation": implementation}
+    got = run(power, given._replace(log_decay=gates), **rows)
+    expected = wanted(power, given._replace(log_decay=gates), stateful=False, ids=ids)
+    assert_close(got[0], expected[0], FORWARD)
+    assert_close(got[1], expected[1], GRADIENT)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -166,7 +232,7 @@ def test_features_multiply_to_squares():
     )
 
 
-def test_padding_may_hold_anything():
+def test_padding_may_hold_anything_but_queries():
     given = operands(1, len(IDS))._replace(state=None)
     ids = jnp.broadcast_to(IDS, (2, len(IDS)))
     q, k, v, gates, _ = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)
@@ -210,11 +276,7 @@ def test_a_state_must_know_totals_where_they_are_asked_for():
         linear_attention(q, q, v, initial_state=state, with_total=True)
 
 
-def test_the_kernel_of_squares_has_no_state_and_long_rows_take_chunks():
-    q, v = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2, 5))
-    state = init_linear_state(1, 2, 10, 5, with_total=False)
-    with pytest.raises(KernelUnsupported, match="no state"):
-        squared_attention(q, q, v, initial_state=state, implementation="pallas")
+def test_long_rows_of_squares_take_chunks():
     # Work breaks even at 2 (32 + 136) tokens.
     assert quadratic_is_shorter(335, 16)
     assert not quadratic_is_shorter(336, 16)

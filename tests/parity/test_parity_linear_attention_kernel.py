@@ -235,6 +235,12 @@ def test_default_tiles():
     check(inputs(Size(length=70, batch=1, width=100, value_width=72)), scale=0.1, config=None)
 
 
+@pytest.mark.parametrize("width", [192, 256])
+def test_default_tiles_of_the_widest_heads(width: int):
+    size = Size(length=19, batch=1, heads=1, groups=1, width=width, value_width=width)
+    check(inputs(size), scale=0.05, config=None)
+
+
 @pytest.mark.parametrize(
     ("dtype", "forward", "gradient"),
     [

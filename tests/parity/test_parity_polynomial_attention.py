@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxmem.errors import ConfigError, DTypeError, ShapeError
+from jaxmem.errors import ConfigError, DTypeError, KernelUnsupported, ShapeError
 from jaxmem.ops.attention import Places, attention
 from jaxmem.ops.polynomial_attention import polynomial_attention
 from tests.helpers.compare import FORWARD, GRADIENT, Budget, assert_close
@@ -141,6 +141,16 @@ def test_packed_rows_and_caches():
     assert_close(read.y[:, 0], whole.y[:, -1], FORWARD)
 
 
+def test_a_number_of_terms_may_be_numpys():
+    x = jnp.ones((2, 3, 2, 4))
+    for form in ("xla", "reference"):
+        got = polynomial_attention(
+            x, x, x, scale=0.5, coefficients=np.int64(5), implementation=form
+        )
+        expected = polynomial_attention(x, x, x, scale=0.5, coefficients=5, implementation=form)
+        np.testing.assert_array_equal(got.y, expected.y)
+
+
 def test_bad_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     x = jnp.ones((2, 3, 2, 4))
@@ -149,6 +159,16 @@ def test_bad_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
         polynomial_attention(x, x, x, scale=1.0, coefficients=0)
     with pytest.raises(ShapeError, match=r"coefficients have shape \(3, 5\)"):
         polynomial_attention(x, x, x, scale=1.0, coefficients=jnp.ones((3, 5)))
+    with pytest.raises(ShapeError, match=r"coefficients have shape \(\). Pass \[N\]"):
+        polynomial_attention(x, x, x, scale=1.0, coefficients=jnp.ones(()))
+    for shape in ((0,), (0, 2)):
+        with pytest.raises(ConfigError, match="none at all"):
+            polynomial_attention(x, x, x, scale=1.0, coefficients=jnp.ones(shape))
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"scale={scale} is not a finite number"):
+            polynomial_attention(x, x, x, scale=scale, coefficients=3)
+    with pytest.raises(KernelUnsupported, match=r"no implementation 'pallas'.*xla, reference"):
+        polynomial_attention(x, x, x, implementation="pallas", **good)
     with pytest.raises(ShapeError, match="without `places`"):
         polynomial_attention(x, x[:, :2], x[:, :2], **good)
     with pytest.raises(ShapeError, match="keys that fit q"):

@@ -233,9 +233,11 @@ def test_large_scores(dtype: Any):
     assert [a.dtype for a in found[5:]] == [jnp.float32] * 2
 
 
-def test_default_tiles():
+@pytest.mark.parametrize(("width", "value_width"), [(192, 192), (256, 200)])
+def test_default_tiles(width: int, value_width: int):
     """The shipped tiles of the widest heads; the last one overhangs the row."""
-    check(inputs(Size(tokens=37, batch=1, heads=1, width=256, value_width=200)), config=None)
+    size = Size(tokens=37, batch=1, heads=1, width=width, value_width=value_width)
+    check(inputs(size), config=None)
 
 
 def test_batches_of_calls():

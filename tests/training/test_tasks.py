@@ -222,7 +222,7 @@ def test_verbs_that_need_a_text_say_so_and_evaluate_repeats_the_training_numbers
 
     code, _, err = call(sample.main)
     assert code == 2
-    assert "in_context, has no text and so no tokenizer" in err
+    assert "in_context, makes its own data and has no tokenizer for other texts" in err
     for flag, value in (("--data-path", "a.txt"), ("--batch-size", "3")):
         code, _, err = call(evaluate.main, flag, value)
         assert code == 2

@@ -1,7 +1,8 @@
 """Golden files of 2Mamba2Furious: layers of both papers, blocks, models and decoding."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxmem.backbones.block import Block
 from jaxmem.backbones.decoder import Decoder, DecoderConfig
 from jaxmem.interop import two_mamba as names
-from jaxmem.interop.attention_types import ATTENTION, UNLISTED, from_name
+from jaxmem.interop.attention_types import ATTENTION, MAMBA, UNLISTED, from_name
 from jaxmem.interop.names import Names, to_original
 from jaxmem.mixers.base import Mixer, MixerConfig, build
 from jaxmem.mixers.mamba2 import Mamba2Config
@@ -20,7 +21,7 @@ from jaxmem.mixers.softmax_state import SoftmaxStateConfig
 from jaxmem.mixers.swiglu import SwiGLUConfig
 from jaxmem.mixers.two_mamba import TwoMambaConfig
 from jaxmem.nn.init import uniform_init
-from tests.golden.adapters import Arrays, Golden, Unsupported
+from tests.golden.adapters import Arrays, Golden, Mismatch, Unsupported
 from tests.golden.adapters.common import Loaded, Values, keyed, load_module, module_results
 
 SYSTEM = "two_mamba"
@@ -44,7 +45,7 @@ def recognises(meta: Mapping[str, Any]) -> bool:
 
 def compute(golden: Golden, dtype: np.dtype) -> list[Arrays]:
     """Return this project's arrays for the file."""
-    config, table = _mixer(golden)
+    config, table = layer(golden)
     group = golden.meta["group"]
     if "language model" in group:
         return _model(golden, config, table, dtype)
@@ -55,8 +56,12 @@ def compute(golden: Golden, dtype: np.dtype) -> list[Arrays]:
     return _attention(golden, config, table, dtype)
 
 
-def _mixer(golden: Golden) -> tuple[MixerConfig, Names]:
-    """Return the layer of a file, and its names there."""
+def layer(golden: Golden) -> tuple[MixerConfig, Names]:
+    """Return the layer of a file, and its names there.
+
+    Raises:
+      Mismatch: the file has other switches, or sizes, than its published name has here.
+    """
     meta = golden.meta
     name, heads = meta["attention_type"], {"num_heads": meta["heads"]}
     separate = any(key.endswith("q_proj.weight") for key in golden.group("param"))
@@ -75,22 +80,56 @@ def _mixer(golden: Golden) -> tuple[MixerConfig, Names]:
         fixed = "intended form" in meta["group"]
         more = {"terms": len(golden.arrays["param/term_weights"])} if "learned" in name else {}
         return from_name(name, "attention", fixed=fixed, **heads, **more), names.ATTENTION
-    switches = meta.get("config")
-    if switches is None or "power" not in switches:
-        return from_name(name, **heads), names.MAMBA
-    return TwoMambaConfig(**_fields(switches), **heads), names.MAMBA
+    return _build_up(name, meta.get("config", {}), heads), names.MAMBA
+
+
+def _build_up(name: str, switches: Mapping[str, Any], heads: Mapping[str, Any]) -> TwoMambaConfig:
+    """Return the layer of a published name, or of the file's switches where it has no such name."""
+    switched = TwoMambaConfig(**_fields(switches), **heads) if "power" in switches else None
+    if name in MAMBA:
+        named = from_name(name, "mamba", **heads)
+        return named if switched is None else _equal(name, named, switched)
+    if switched is None:
+        raise Unsupported(f"{name!r} is not published and has no switches")
+    return switched
 
 
 def _mamba2(meta: Mapping[str, Any]) -> Mamba2Config:
     if meta.get("ngroups", 1) != 1 or meta.get("conv_bias"):
         raise Unsupported("Mamba-2 with several groups or a bias in its convolution")
-    return Mamba2Config(
+    stated = Mamba2Config(
         head_dim=meta["head_dim"],
         ssm_dim=meta["d_ssm"],
         state_dim=meta["d_state"],
         conv=meta["d_conv"],
         norm_eps=meta["norm_eps"],
     )
+    full = {"ssm_dim": meta["hidden_size"]} if "every head" in meta["group"] else {}
+    more = {"state_dim": meta["d_state"]} | full
+    return _equal("mamba", from_name("mamba", head_dim=meta["head_dim"], **more), stated)
+
+
+Config = TypeVar("Config", bound=MixerConfig)
+
+
+def _equal(name: str, named: Config, stated: Config) -> Config:
+    """Return the layer of a name if it is also what the file says.
+
+    Raises:
+      Mismatch: it is not.
+    """
+    pairs = {
+        field.name: (getattr(named, field.name), getattr(stated, field.name))
+        for field in dataclasses.fields(named)
+    }
+    wrong = [
+        f"{field}={ours!r}, not {theirs!r}"
+        for field, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise Mismatch(f"{name!r} is not what the file's meta says: {'; '.join(wrong)}")
+    return named
 
 
 def _fields(switches: Mapping[str, Any]) -> dict[str, Any]:

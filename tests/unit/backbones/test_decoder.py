@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.mixers.mlp import MLPConfig
 from jaxmem.mixers.mosaic import LIBRARY_LIMIT, ContextualMemoryConfig, PersistentMemoryConfig
+from jaxmem.mixers.root_orders import RootOrdersConfig
+from jaxmem.mixers.softmax_state import SoftmaxStateConfig
+from jaxmem.mixers.two_mamba import TwoMambaConfig
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
 
 LENGTH, VOCAB = 10, 11
@@ -316,6 +320,27 @@ def test_explicit_positions_are_used(model: Model):
     np.testing.assert_array_equal(same, none)
     learned = model.model.config.positions == "learned"
     assert np.array_equal(shifted, none) == (not learned)
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        TwoMambaConfig(num_heads=2, rope="half"),
+        TwoMambaConfig(num_heads=2, rope="pairs", kernel="exp"),
+        RootOrdersConfig(num_heads=2),
+        SoftmaxStateConfig(num_heads=2, of="output"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_angles_of_plain_rows_are_computed_once_for_all(mixer: Any, packed: bool):
+    config = dataclasses.replace(small("gpt"), mixer=mixer, positions="none", depth=1)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    ids = jnp.ones(TOKENS.shape, jnp.int32) if packed else None
+    found = str(jax.make_jaxpr(lambda tokens: model(tokens, segment_ids=ids).logits)(TOKENS))
+    shapes = set(re.findall(r":f32\[([\d,]+)\] = cos ", found))
+    rows = f"{TOKENS.shape[0]}," if packed else ""
+    assert shapes
+    assert all(shape.startswith(f"{rows}{LENGTH},1,") for shape in shapes)
 
 
 def test_a_row_beyond_the_learned_positions_is_an_error():

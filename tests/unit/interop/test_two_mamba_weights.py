@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import configs
 from jaxmem.backbones.decoder import Decoder
 from jaxmem.errors import CheckpointMismatch, ConfigError
-from jaxmem.interop.attention_types import from_name
+from jaxmem.interop.attention_types import ATTENTION, FIXED, MAMBA, UNLISTED, from_name
 from jaxmem.interop.families import FAMILIES
 from jaxmem.interop.weights import load_weights, save_weights
 from jaxmem.mixers.mlp import MLPConfig
@@ -43,13 +43,13 @@ SHAPES = {
     },
     "mamba2": {
         # Twice no MLP, z, then x with B and C of width 32, then dt of 4 heads.
-        "in_proj.weight": (16 + 16 + 64 + 4, 16),
-        "conv1d.weight": (16 + 64, 1, 2),
-        "dt_bias": (4,),
-        "A_log": (4,),
-        "D": (16,),
-        "norm.weight": (16,),
-        "out_proj.weight": (16, 16),
+        "mamba_layer.in_proj.weight": (16 + 16 + 64 + 4, 16),
+        "mamba_layer.conv1d.weight": (16 + 64, 1, 2),
+        "mamba_layer.dt_bias": (4,),
+        "mamba_layer.A_log": (4,),
+        "mamba_layer.D": (16,),
+        "mamba_layer.norm.weight": (16,),
+        "mamba_layer.out_proj.weight": (16, 16),
     },
     "2mamba": {
         "qkv_proj.weight": (48, 16),
@@ -146,6 +146,70 @@ def test_models_that_compute_something_else(changes, words, tmp_path):
     other = Decoder(dataclasses.replace(model.config, **changes), rngs=nnx.Rngs(0))
     with pytest.raises(CheckpointMismatch, match=re.escape(words)):
         load_weights(other, tmp_path / "w.safetensors")
+
+
+MAMBA_CHANGES = {
+    "rope_theta": (500.0, "model.mixer.rope_theta is 500.0 instead of 10000.0"),
+    "clamp": (5.0, "model.mixer.clamp is 5.0 instead of None"),
+    "scale_products": (False, "model.mixer.scale_products is False instead of True"),
+    "feature": ("elu1", "model.mixer.feature is 'elu1' instead of 'id' or 'relu' or 'silu'"),
+    "decay": ("lagged", "model.mixer.decay is 'lagged' instead of 'none' or 'discretize'"),
+    "floor": (1.0, "model.mixer.floor is 1.0 instead of 0.0"),
+    "eps": (1e-4, "model.mixer.eps is 0.0001 instead of 0.0"),
+    "detach": (True, "model.mixer.detach is True instead of False"),
+    "norm_eps": (1e-5, "model.mixer.norm_eps is 1e-05 instead of 1.19"),
+    "denominator": ("count", "model.mixer.denominator is 'count' instead of 'sum'"),
+    "norm": ("rms_all", "instead of"),
+}
+ATTENTION_CHANGES = {
+    "rope_theta": (500.0, "model.mixer.rope_theta is 500.0 instead of 10000.0"),
+    "rope_positions": ("bfloat16", "model.mixer.rope_positions is 'bfloat16' instead of 'float32'"),
+    "norm_eps": (1e-6, "model.mixer.norm_eps is 1e-06 instead of 1e-05"),
+    "clamp": (4.0, "model.mixer.clamp is 4.0 instead of 5.0"),
+    "decay": ("neg_softplus", "model.mixer.decay is 'neg_softplus' instead of 'none'"),
+    "out_gate": ("post", "model.mixer.out_gate is 'post' instead of"),
+    "conv": (2, "model.mixer.conv is 2 instead of 0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "words"),
+    [
+        *(("2mamba", field, *change) for field, change in MAMBA_CHANGES.items()),
+        *(("gated", field, *change) for field, change in ATTENTION_CHANGES.items()),
+        ("mamba2", "norm_eps", 1e-6, "model.mixer.norm_eps is 1e-06 instead of 1e-05"),
+    ],
+)
+def test_layers_that_the_original_does_not_compute(kind, field, value, words, tmp_path):
+    config = model_of(kind).config
+    mixer = dataclasses.replace(config.mixer, **{field: value})
+    model = Decoder(dataclasses.replace(config, mixer=mixer), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        save_weights(model, tmp_path / "w.safetensors", names=FAMILY[kind])
+    assert save_weights(model, tmp_path / "w.safetensors") == "jaxmem"
+
+
+def test_every_published_type_is_of_its_family():
+    def families(mixer):
+        config = dataclasses.replace(configs.load("two_mamba_gated_tiny").model, mixer=mixer)
+        return [name for name, family in FAMILIES.items() if not family.differences(config)]
+
+    for name in MAMBA:
+        assert families(from_name(name, num_heads=2)) == ["two_mamba"], name
+    for name in ATTENTION | UNLISTED:
+        # That one has the second paper's projections, and names of its own.
+        found = [] if name == "poly_learned_coefficients" else ["two_mamba_attention"]
+        assert families(from_name(name, "attention", num_heads=2)) == found, name
+    for name in FIXED:
+        assert not families(from_name(name, "attention", fixed=True, num_heads=2)), name
+    assert families(from_name("mamba", head_dim=16)) == ["two_mamba_mamba2"]
+    rounded = from_name("softmax", num_heads=2, rope_positions="bfloat16")
+    assert families(rounded) == ["two_mamba"]
+    short = from_name("softmax_taylor_80terms", "attention", num_heads=2, terms=3)
+    assert not families(short)
+    assert families(from_name("softmax_learned_terms", "attention", terms=3)) == [
+        "two_mamba_attention"
+    ]
 
 
 def test_the_two_papers_names_do_not_mix(tmp_path):

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.data.config import DataConfig
 from jaxmem.data.recall import RecallShape
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.mixers.mlp import MLPConfig
 from jaxmem.tasks.associative_recall import AssociativeRecallConfig
@@ -100,21 +100,35 @@ def test_adjacent_facts_are_recalled_exactly_or_not():
 
 
 def test_finish_measures_other_lengths(tmp_path: Path):
-    task = CONFIG.open(MODEL, DataConfig())
+    task = CONFIG.open(dataclasses.replace(MODEL, positions="none"), DataConfig())
     (text,) = task.finish(Oracle(), SimpleNamespace(folder=tmp_path), jax.random.key(0))
     result = json.loads((tmp_path / "extrapolation.json").read_text())
     assert result == {"trained_at": 16, "accuracy": {"16": 1.0, "24": 1.0}}
     assert (tmp_path / "extrapolation.md").read_text() == f"{text}\n"
     assert "| 24 | 100.0% |" in text
-    # Learned positions end with the training length.
+    assert set(CONFIG.products) == {p.name for p in tmp_path.iterdir()}
+
+
+def test_learned_positions_end_with_the_training_length(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, lengths=(16, 17))
+    task = config.open(MODEL, DataConfig())
     (text,) = task.finish(
         task.model.build(nnx.Rngs(0)), SimpleNamespace(folder=tmp_path), jax.random.key(0)
     )
-    assert "| 24 | fails |" in text
+    assert "| 17 | fails |" in text
     result = json.loads((tmp_path / "extrapolation.json").read_text())
     assert 0 <= result["accuracy"]["16"] < 1
-    assert result["accuracy"]["24"] is None
-    assert set(CONFIG.products) == {p.name for p in tmp_path.iterdir()}
+    assert result["accuracy"]["17"] is None
+
+
+def test_errors_of_a_model_are_errors(tmp_path: Path):
+    class Broken(nnx.Module):
+        def __call__(self, tokens: jax.Array) -> Any:
+            raise ShapeError(f"found {tokens.shape}")
+
+    task = CONFIG.open(dataclasses.replace(MODEL, positions="none"), DataConfig())
+    with pytest.raises(ShapeError, match="found"):
+        task.finish(Broken(), SimpleNamespace(folder=tmp_path), jax.random.key(0))
 
 
 @pytest.mark.parametrize("fields", [{"lengths": (16, 8)}, {"test_rows": 0}])
