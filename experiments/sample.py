@@ -47,6 +47,9 @@ class SampleOptions:
     """What --beams ranks by is log-probability / length^this: 0 favours short texts, 1 is fair."""
     seed: int = 0
     """The same seed, prompts and run give the same texts."""
+    context_len: int = 0
+    """Tokens that a row's state may hold before the row starts anew from its last half; 0: as in
+    training. States of constant size take any number in the same memory."""
     which: Literal["best", "last"] = "best"
     """The checkpoint of the lowest validation loss, or the newest one."""
 
@@ -74,6 +77,12 @@ def main(args: list[str]) -> int:
         min_p=options.min_p,
     )
     run = load_run(options.run, checkpoint=options.which)
+    for prompt in prompts:
+        run.tokenizer.encode(prompt)  # an impossible one is refused before anything is shown
+    if options.context_len:
+        from jaxmem.generate.prefill import with_context
+
+        run = run._replace(model=with_context(run.model, options.context_len))
     if options.beams:
         _search(options, run, prompts)
     else:
@@ -92,7 +101,6 @@ def _draw(
     rows = [prompt for prompt in prompts for _ in range(options.num_samples)]
     alone = len(rows) == 1
     if alone:
-        run.tokenizer.encode(rows[0])  # an impossible prompt is refused before it is shown
         print(rows[0], end="", flush=True)
     texts = generate_text(
         run.model,

@@ -1,12 +1,16 @@
 """The start of every way to generate: the model's contract, and prompts read into a state."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from jaxmem.errors import ConfigError
 
 CHUNK = 256  # bounds the logits of a prefill to [B, 256, X] whatever the prompt's length
 
@@ -34,6 +38,25 @@ class LanguageModel(Protocol):
 
     def step(self, tokens: Array, state: Any, *, segment_ids: Array | None = None) -> Any:
         """Run one token per row; returns ``.logits`` [B X] and ``.state``."""
+
+
+def with_context(model: Any, context_len: int) -> Any:
+    """Return a decoder with the same parameters whose states hold `context_len` tokens.
+
+    Raises:
+      ConfigError: the length is not positive, or exceeds the learned positions.
+    """
+    config = model.config
+    if context_len < 1:
+        raise ConfigError(f"A context of {context_len} tokens holds nothing. Use 1 or more.")
+    if config.positions == "learned" and context_len > config.context_len:
+        raise ConfigError(
+            f"A context of {context_len} tokens has more positions than the "
+            f"{config.context_len} that the model has learned. Use so many or fewer."
+        )
+    reader = nnx.merge(*nnx.split(model))
+    reader.config = dataclasses.replace(config, context_len=context_len)
+    return reader
 
 
 def restart_tokens(tokens: Sequence[int], context_len: int) -> Sequence[int]:

@@ -37,6 +37,7 @@ from jaxmem.data.needle import (
 )
 from jaxmem.data.scored import ScoredRows
 from jaxmem.errors import ConfigError
+from jaxmem.generate.prefill import with_context
 from jaxmem.generate.sampling import Sampling
 from jaxmem.generate.text import generate_text
 from jaxmem.tasks.base import RunInfo, TaskConfig, register_task
@@ -136,29 +137,28 @@ class NeedleTask(ScoredRowsTask):
 
     def answer(self, model: Any, *, seed: int) -> Accuracy:
         """Return the accuracy by length and depth; the prompts depend on the seed only."""
-        lengths = self.config.lengths
+        # What is read with a prompt of each length: all new tokens but the last one.
+        sizes = {length: length + NEW_TOKENS - 1 for length in self.config.lengths}
+        held = max((size for size in sizes.values() if self.can_read(size)), default=None)
+        if held is None:
+            return [[None] * len(self.config.depths) for _ in sizes]
         # One size of state for all lengths: the decode step is compiled once.
-        reader = with_context(model, max(lengths) + NEW_TOKENS)
-        return [self._by_depth(reader, length, seed) for length in lengths]
+        reader = nnx.split(with_context(model, held))
+        return [
+            self._by_depth(reader, length, seed)
+            if size <= held
+            else [None] * len(self.config.depths)
+            for length, size in sizes.items()
+        ]
 
     def _by_depth(self, model: tuple[Any, Any], length: int, seed: int) -> list[float | None]:
         """Return the accuracy by depth for prompts of a length."""
-        depths = self.config.depths
-        if not self.can_read(length + NEW_TOKENS - 1):  # the last new one is not read
-            return [None] * len(depths)
         found: list[float | None] = []
-        for number, depth in enumerate(depths):
+        for number, depth in enumerate(self.config.depths):
             rng = np.random.default_rng([seed, length, number])
             drawn = [draw_prompt(rng, length, depth) for _ in range(self.config.test_prompts)]
             found.append(share_right(model, drawn))
         return found
-
-
-def with_context(model: Any, context_len: int) -> tuple[Any, Any]:
-    """Return a decoder with the same parameters whose states hold `context_len` tokens, split."""
-    reader = nnx.merge(*nnx.split(model))
-    reader.config = dataclasses.replace(model.config, context_len=context_len)
-    return nnx.split(reader)
 
 
 def share_right(model: tuple[Any, Any], prompts: Sequence[Prompt]) -> float:

@@ -137,9 +137,11 @@ def test_the_recipe_trains_on_compressed_documents(capsys, tmp_path, llama_like)
     rng = random.Random(0)
     words = ["Tim", "Sue", "had", "a", "red", "ball", '"Hi!"', "said", "and", "ran"]
     texts = [" ".join(rng.choices(words, k=rng.randrange(1, 40))) for _ in range(120)]
+    shards = tmp_path / "shards"
+    shards.mkdir()
     for shard in range(3):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[shard::3])
-        (tmp_path / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        (shards / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     preset = configs.load("two_mamba_2mamba_small")
     model = dataclasses.replace(
         preset.model,
@@ -150,7 +152,7 @@ def test_the_recipe_trains_on_compressed_documents(capsys, tmp_path, llama_like)
         mixer=dataclasses.replace(preset.model.mixer, num_heads=2),
         feed_forward=SwiGLUConfig(hidden_dim=32),
     )
-    fields = {"path": str(tmp_path), "tokenizer": str(llama_like), "validation_share": 0.1}
+    fields = {"path": str(shards), "tokenizer": str(llama_like), "validation_share": 0.1}
     run = {"steps": 30, "eval_every": 30, "eval_batches": 2, "samples": 0}
     config = dataclasses.replace(
         preset,

@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from jaxmem.backbones.decoder import Decoder, DecoderConfig
+from jaxmem.errors import ConfigError
 from jaxmem.generate.beam import beam_search
 from jaxmem.generate.engine import generate
-from jaxmem.generate.sampling import Sampling
+from jaxmem.generate.prefill import with_context
+from jaxmem.generate.sampling import Sampling, sample
 from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.mixers.mlp import MLPConfig
 from jaxmem.mixers.mosaic import ContextualMemoryConfig, PersistentMemoryConfig
@@ -48,6 +50,27 @@ def test_state_equals_recomputation_past_restarts(model, temperature):
     slow = [row.tolist() for row in generate(model, PROMPTS, use_cache=False, **kwargs)]
     assert fast == slow
     assert len({token for row in fast for token in row}) > 3
+
+
+def test_a_longer_context_needs_no_restart():
+    model = Decoder(CONFIGS["mosaic"], rngs=nnx.Rngs(0))
+    longer = with_context(model, 60)
+    kwargs = {"max_new_tokens": 30, "sampling": Sampling(), "key": KEY}
+    (found,) = generate(longer, PROMPTS[3:], **kwargs)
+    row = jnp.asarray([*PROMPTS[3], *found[:-1].tolist()])
+    logits = model(row[None]).logits[0, len(PROMPTS[3]) - 1 :]  # all of it at once
+    for t, token in enumerate(found):
+        key = jax.random.fold_in(jax.random.fold_in(KEY, 0), t)
+        assert int(sample(logits[t], key, Sampling())) == token
+    assert model.config.context_len == 10
+
+
+def test_a_context_that_cannot_be_is_refused():
+    learned = Decoder(CONFIGS["gpt"], rngs=nnx.Rngs(0))
+    assert with_context(learned, 10).config.context_len == 10
+    for length, words in ((11, "10 that the model has learned"), (0, "holds nothing")):
+        with pytest.raises(ConfigError, match=words):
+            with_context(learned, length)
 
 
 def test_every_row_equals_itself_alone(model):

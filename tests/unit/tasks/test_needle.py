@@ -18,11 +18,12 @@ from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.data.config import DataConfig
 from jaxmem.data.needle import ANSWER, TOKENIZER, draw_prompt
 from jaxmem.errors import ConfigError, NonFiniteLoss
+from jaxmem.generate.prefill import with_context
 from jaxmem.generate.sampling import Sampling
 from jaxmem.generate.text import generate_text
 from jaxmem.interop.attention_types import from_name
 from jaxmem.tasks import needle
-from jaxmem.tasks.needle import NEW_TOKENS, NeedleConfig, with_context
+from jaxmem.tasks.needle import NEW_TOKENS, NeedleConfig
 from jaxmem.training.model import LoadedRun
 
 CONFIG = NeedleConfig(lengths=(60, 90), depths=(0.0, 0.5, 1.0), test_prompts=4)
