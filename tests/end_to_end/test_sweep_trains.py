@@ -92,7 +92,7 @@ def test_a_stopped_sweep_goes_on_without_repeating_what_is_finished(tmp_path, su
     assert second["short"] == first["short"]
     assert (second["long"]["status"], second["long"]["step"]) == ("finished", "1500")
     assert float(second["long"]["value"]) < float(second["short"]["value"])
-    assert "long better than short: undecided (long has one seed, so no interval)" in out
+    assert "of 1 published orders of two cells: 0 agree, 0 disagree, 1 undecided" in out
     assert "| long | " in (tmp_path / "out" / "results.md").read_text()
     assert (tmp_path / "out" / "results.png").stat().st_size
 

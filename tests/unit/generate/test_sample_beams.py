@@ -3,6 +3,7 @@
 import pytest
 from flax import nnx
 
+import configs
 from experiments import cli, sample
 from jaxmem.data.tokenizers import CharTokenizer
 from jaxmem.generate.text import search_text
@@ -14,6 +15,7 @@ TOKENIZER = CharTokenizer("\nabcdefghij")
 class Run:
     """As much of a loaded run as sampling uses."""
 
+    config = configs.load("mm_tiny")
     model = StandIn(StandInConfig(), rngs=nnx.Rngs(0))
     tokenizer = TOKENIZER
 
