@@ -4,7 +4,7 @@ Source: 2Mamba2Furious (arXiv 2602.17363), tables 1 to 3 and figure 7, test loss
 model at 2048 tokens; softmax as a recurrent network (arXiv 2507.23632), without published numbers.
 Characters of Shakespeare's plays (the default corpus) instead of FineWeb: text too local to tell
 second from first order.
-Time: 15 min on 2 CPU cores with --jobs 2, 114 runs of half a preset each
+Time: 14 min on 2 CPU cores with --jobs 2, 114 runs of half a preset each
 """
 
 import dataclasses
