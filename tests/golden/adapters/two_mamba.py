@@ -97,16 +97,11 @@ def _build_up(name: str, switches: Mapping[str, Any], heads: Mapping[str, Any]) 
 def _mamba2(meta: Mapping[str, Any]) -> Mamba2Config:
     if meta.get("ngroups", 1) != 1 or meta.get("conv_bias"):
         raise Unsupported("Mamba-2 with several groups or a bias in its convolution")
-    stated = Mamba2Config(
-        head_dim=meta["head_dim"],
-        ssm_dim=meta["d_ssm"],
-        state_dim=meta["d_state"],
-        conv=meta["d_conv"],
-        norm_eps=meta["norm_eps"],
-    )
-    full = {"ssm_dim": meta["hidden_size"]} if "every head" in meta["group"] else {}
-    more = {"state_dim": meta["d_state"]} | full
-    return _equal("mamba", from_name("mamba", head_dim=meta["head_dim"], **more), stated)
+    sizes = {"head_dim": meta["head_dim"], "state_dim": meta["d_state"], "conv": meta["d_conv"]}
+    sizes["norm_eps"] = meta["norm_eps"]
+    stated = Mamba2Config(ssm_dim=meta["d_ssm"], **sizes)
+    published = "exactly as configured" in meta["group"]
+    return _equal("mamba", from_name("mamba", **sizes), stated) if published else stated
 
 
 Config = TypeVar("Config", bound=MixerConfig)
