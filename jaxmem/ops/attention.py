@@ -28,7 +28,7 @@ from jaxmem.ops.attention_terms import (
     gates_at,
     places_in_row,
 )
-from jaxmem.ops.attention_xla import Gradients, Read, cotangents, delta_of
+from jaxmem.ops.attention_xla import Gradients, OfForget, Read, cotangents, delta_of
 from jaxmem.ops.checks import (
     active_dropout,
     check_axes,
@@ -99,8 +99,8 @@ def attention(
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, finite
-        and of any sign (above 0 older keys gain), per query head. With `places`, keys stand in slot
-        order and a query's place is its slot.
+        and of any sign (above 0 older keys gain), per query head. With `places`, all
+        stand in the slot of their place.
       clamp: largest scale q·k, any finite number; what exceeds it counts as it, and passes no
         gradient. None: unbounded.
       value_gate: factor of the values that each query head reads, of any sign. The softmax does
@@ -420,15 +420,18 @@ def _read_backward(static: _Static, residuals: _Residuals, grad: Read) -> tuple:
         operands = (*operands, grad.y.astype(v.dtype), delta_of(read, grad))
         run = functools.partial(_kernel_gradients, **options)
         grads = first_order("attention", run)(*operands)
-    return cotangents(grads, q, k, v, read, grad)
+    return cotangents(grads, q, k, v)
 
 
 _read.defvjp(_read_forward, _read_backward)
 
 
 def _kernel_gradients(*operands: Any, **options: Any) -> Gradients:
-    dq, along = kernels.queries_gradient(*operands, **options)
-    dk, dv, forget, gate = kernels.keys_gradient(*operands, **options)
+    dq, along, at_queries = kernels.queries_gradient(*operands, **options)
+    dk, dv, at_keys, gate = kernels.keys_gradient(*operands, **options)
+    forget = None
+    if at_queries is not None and at_keys is not None:
+        forget = OfForget(at_queries, at_keys)
     return Gradients(dq, dk, dv, jnp.sum(along, axis=(0, 2)), forget, gate)
 
 

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxmem.ops.attention_terms import Extras, Places, Rule, kept
 from jaxmem.ops.attention_xla import (
     Gradients,
+    OfForget,
     Read,
     Tile,
     TileGradients,
@@ -104,30 +105,71 @@ def backward(
     found = _Found(_padded(grad.y, 1, block), lse, delta)
     share_of = functools.partial(_share_of, rule, rows, scale, extras.seed, found)
 
-    def of_keys(dq: Array, m: Array) -> tuple[Array, tuple]:
-        def visit(carry: tuple[Array, tuple], n: Array) -> tuple[tuple[Array, tuple], None]:
-            dq, sums = carry
-            of_q, *rest = share_of(n, m)
-            of_q = _cut(dq, 1, n, block) + of_q
-            dq = lax.dynamic_update_slice_in_dim(dq, of_q, n * block, axis=1)
-            return (dq, jax.tree.map(jnp.add, sums, tuple(rest))), None
+    def of_keys(at_queries: _AtQueries, m: Array) -> tuple[_AtQueries, _AtKeys]:
+        def visit(carry: tuple[_AtQueries, _AtKeys], n: Array) -> tuple:
+            at_queries, sums = carry
+            of_queries, of_keys = _sides(share_of(n, m))
+            sums = jax.tree.map(jnp.add, sums, of_keys)
+            return (at_queries.added(of_queries, n * block), sums), None
 
-        sums = tuple(jax.eval_shape(share_of, m, m)[1:])
+        sums = _sides(jax.eval_shape(share_of, m, m))[1]
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
-        return lax.scan(visit, (dq, zeros), jnp.arange(rows.needed.shape[0]))[0]
+        return lax.scan(visit, (at_queries, zeros), jnp.arange(rows.needed.shape[0]))[0]
 
-    dq = jnp.zeros(rows.q.shape, scale.dtype)
-    dq, (dk, dv, forget, gate) = lax.scan(of_keys, dq, jnp.arange(rows.needed.shape[1]))
-    keys = k.shape[1]
-    dq, of_scale = with_scale(dq[:, : q.shape[1]], q, scale)
+    none = None if rows.decay is None else jnp.zeros_like(rows.decay.query)
+    at_queries = _AtQueries(jnp.zeros(rows.q.shape, scale.dtype), none)
+    at_queries, at_keys = lax.scan(of_keys, at_queries, jnp.arange(rows.needed.shape[1]))
+    length, keys = q.shape[1], k.shape[1]
+    dq, of_scale = with_scale(at_queries.q[:, :length], q, scale)
     return Gradients(
         dq,
-        _joined(dk, 1)[:, :keys],
-        _joined(dv, 1)[:, :keys],
+        _joined(at_keys.k, 1)[:, :keys],
+        _joined(at_keys.v, 1)[:, :keys],
         of_scale,
-        None if extras.decay is None else _joined(forget, 2)[:, :, :keys],
-        None if gate is None else _joined(gate, 2)[:, :, :keys],
+        _of_forget(at_queries.forget, at_keys.forget, length, keys),
+        None if at_keys.gate is None else _joined(at_keys.gate, 2)[:, :, :keys],
     )
+
+
+def _of_forget(
+    at_queries: Array | None, at_keys: Array | None, length: int, keys: int
+) -> OfForget | None:
+    if at_queries is None or at_keys is None:
+        return None
+    return OfForget(at_queries[:, :, :length], _joined(at_keys, 2)[:, :, :keys])
+
+
+class _AtQueries(NamedTuple):
+    """Gradients of what belongs to queries."""
+
+    q: Array
+    forget: Array | None
+
+    def added(self, block: "_AtQueries", start: Array) -> "_AtQueries":
+        """Add those of a block of queries, the first of which is `start`."""
+        forget = self.forget
+        if forget is not None and block.forget is not None:
+            forget = _added(forget, block.forget, start, 2)
+        return _AtQueries(_added(self.q, block.q, start, 1), forget)
+
+
+class _AtKeys(NamedTuple):
+    """Gradients of what belongs to keys."""
+
+    k: Array
+    v: Array
+    forget: Array | None
+    gate: Array | None
+
+
+def _sides(tile: TileGradients) -> tuple[_AtQueries, _AtKeys]:
+    query, key = (None, None) if tile.forget is None else tile.forget
+    return _AtQueries(tile.q, query), _AtKeys(tile.k, tile.v, key, tile.gate)
+
+
+def _added(whole: Array, block: Array, start: Array, axis: int) -> Array:
+    block = lax.dynamic_slice_in_dim(whole, start, block.shape[axis], axis) + block
+    return lax.dynamic_update_slice_in_dim(whole, block, start, axis)
 
 
 class _Found(NamedTuple):

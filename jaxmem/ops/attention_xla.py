@@ -35,6 +35,19 @@ class Read(NamedTuple):
     """Logarithm of the softmax's denominator [B H T], -inf where nothing is visible."""
 
 
+class OfForget(NamedTuple):
+    """Gradients of the gates' sum F at queries and at keys, without pairs of one place.
+
+    Nothing decays between a query and the key at its own place, and their shares cancel. Under fast
+    decay nearly all of a row's weight is such a pair's, and its rounding would outweigh the rest.
+    """
+
+    query: Array
+    """[B H T]"""
+    key: Array
+    """[B H S]"""
+
+
 class Gradients(NamedTuple):
     """Gradients of one call."""
 
@@ -42,8 +55,7 @@ class Gradients(NamedTuple):
     k: Array
     v: Array
     scale: Array
-    forget: Array | None
-    """Of the gates' sum F at the keys [B H S]; at the queries it is the cotangent of lse."""
+    forget: OfForget | None
     gate: Array | None
     """Of the gates of the values [B H S]."""
 
@@ -119,7 +131,7 @@ class TileGradients(NamedTuple):
     """Without the factor `scale`."""
     k: Array
     v: Array
-    forget: Array
+    forget: OfForget | None
     gate: Array | None
 
 
@@ -161,9 +173,19 @@ def tile_gradients(
         over_keys(rule, dots, tile.k, scale),
         _over_queries(rule, dots, scaled, tile.k.shape[2], scale),
         _over_queries(rule, read, grad, tile.v.shape[2], scale),
-        -jnp.sum(logit, axis=2),
+        _of_forget(tile, logit),
         of_gate,
     )
+
+
+def _of_forget(tile: Tile, logit: Array) -> OfForget | None:
+    if tile.decay is None:
+        return None
+    at = (tile.queries[None], tile.keys[None])
+    query, key = at if tile.places is None else (tile.places.query, tile.places.key)
+    own = query[:, None, :, None] == key[:, None, None, :]
+    apart = jnp.where(own, 0.0, logit)
+    return OfForget(jnp.sum(apart, axis=3), -jnp.sum(apart, axis=2))
 
 
 class _Kept(NamedTuple):
@@ -221,20 +243,17 @@ def _at_once_backward(rule: Rule, saved: _Kept, grad: Read) -> tuple:
     delta = delta_of(read, Read(wide, grad.lse / total))
     whole = _whole(q, k, v, extras)
     tile = tile_gradients(rule, whole, scale, extras.seed, weights, over, wide, delta)
-    forget = None if extras.decay is None else tile.forget
     dq, of_scale = with_scale(tile.q, q, scale)
-    grads = Gradients(dq, tile.k, tile.v, of_scale, forget, tile.gate)
-    return cotangents(grads, q, k, v, read, grad)
+    grads = Gradients(dq, tile.k, tile.v, of_scale, tile.forget, tile.gate)
+    return cotangents(grads, q, k, v)
 
 
-def cotangents(grads: Gradients, q: Array, k: Array, v: Array, read: Read, grad: Read) -> tuple:
+def cotangents(grads: Gradients, q: Array, k: Array, v: Array) -> tuple:
     """Return what a `custom_vjp` of (q, k, v, scale, extras) returns."""
     decay = None
     if grads.forget is not None:
-        at_queries = jnp.where(read.lse == -jnp.inf, 0.0, grad.lse)
-        decay = Decay(
-            at_queries, jnp.zeros_like(at_queries), grads.forget, jnp.zeros_like(grads.forget)
-        )
+        query, key = grads.forget
+        decay = Decay(query, jnp.zeros_like(query), key, jnp.zeros_like(key))
     dq, dk, dv = grads.q.astype(q.dtype), grads.k.astype(k.dtype), grads.v.astype(v.dtype)
     return dq, dk, dv, grads.scale, Extras(None, decay, grads.gate, None)
 

@@ -3,7 +3,9 @@
 With p the weights, c the dropout factors, a the gates of the values, g the cotangent of y, and
 Δ_i = <g_i, y_i> less the cotangent of lse_i: ds = p (c a <g, v> - Δ), dq = scale Σ_j ds k,
 dk = scale Σ_i ds q, both without pairs that exceed the clamp, dv = Σ_i p c a g, the gradient of a
-is Σ_i p c <g, v>, and that of the gates' sum F at a key -Σ_i ds.
+is Σ_i p c <g, v>, and those of the gates' sum F Σ_j ds at a query and -Σ_i ds at a key, both
+without pairs of one place: nothing decays between these, and under fast decay their rounding would
+outweigh the rest.
 """
 
 import functools
@@ -63,8 +65,8 @@ def queries_gradient(
     clamp: float | None,
     config: PairTiles,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """Return the gradients of the queries and of the scale.
+) -> tuple[Array, Array, Array | None]:
+    """Return the gradients of the queries, of the scale and of the gates' sum at the queries.
 
     Grid (T / backward_q, H, B); a program owns backward_q queries of one head and walks over the
     key blocks that these see, as in the forward pass. Accumulation in float32. Shared memory:
@@ -91,14 +93,17 @@ def queries_gradient(
       interpret: evaluate with plain JAX instead of a GPU.
 
     Returns:
-      dq [B T H K] in the queries' dtype, and <q, dq> / scale of every query [B H T], float32, whose
-      sum over rows and queries is the gradient of the scale.
+      dq [B T H K] in the queries' dtype, <q, dq> / scale of every query [B H T], whose sum over
+      rows and queries is the gradient of the scale, and Σ_j ds [B H T], None without `decay`;
+      float32 both.
     """
     tiles = (config.backward_q, config.backward_k)
     call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
     bounds = None if places is None else block_bounds(call, places, axis=2)
     spec, blocks = functools.partial(by_head, call), -(-call.queries // call.block_q)
     block_dq = (None, call.block_q, None, power_of_two(call.width))
+    block_sums = pl.BlockSpec((None, None, call.block_q), lambda i, h, b: (b, h, blocks - 1 - i))
+    per_query = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
     return launch(
         functools.partial(_queries_kernel, call=call),
         name="attention_queries_gradient",
@@ -111,11 +116,13 @@ def queries_gradient(
         ],
         out_specs=[
             pl.BlockSpec(block_dq, lambda i, h, b: (b, blocks - 1 - i, h, 0)),
-            pl.BlockSpec((None, None, call.block_q), lambda i, h, b: (b, h, blocks - 1 - i)),
+            block_sums,
+            None if decay is None else block_sums,
         ],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(lse.shape, jnp.float32),
+            per_query,
+            None if decay is None else per_query,
         ],
         num_warps=config.backward_warps,
         num_stages=config.backward_stages,
@@ -257,6 +264,7 @@ def _queries_kernel(
     delta_ref: Any,
     dq_ref: Any,
     along_ref: Any,
+    sums_ref: Any,
     *,
     call: Call,
 ) -> None:
@@ -270,7 +278,8 @@ def _queries_kernel(
     delta = vector(delta_ref, start, call.block_q, call.queries)
     queries: Queries = queries_of(call, start, places, axis=0)
 
-    def visit(n: Array, acc: Array, masked: bool) -> Array:
+    def visit(n: Array, carry: tuple[Array, Any], masked: bool) -> tuple[Array, Any]:
+        acc, sums = carry
         at = n * call.block_k
         k = tile(k_ref, at, call.block_k, call.keys, call.width)
         v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
@@ -286,13 +295,26 @@ def _queries_kernel(
             gates_of(call, gate_ref, at, (), axis=1),
             delta[:, None],
         )
-        return acc + product(call, grads.dots.astype(k.dtype), k)
+        if sums is not None:
+            sums = sums + jnp.sum(_apart(call, grads.logit, queries, keys), axis=1)
+        return acc + product(call, grads.dots.astype(k.dtype), k), sums
 
     zeros = jnp.zeros((call.block_q, q_ref.shape[-1]), jnp.float32)
-    acc = walk(key_blocks(call, block, bounds), visit, zeros)
+    none = None if decay is None else jnp.zeros((call.block_q,), jnp.float32)
+    acc, sums = walk(key_blocks(call, block, bounds), visit, (zeros, none))
     store_tile(dq_ref, acc * scale, start, call.queries, call.width)
     along = jnp.sum(q.astype(jnp.float32) * acc, axis=1)
-    store(along_ref.at[:], along, inside(start, call.block_q, call.queries))
+    there = inside(start, call.block_q, call.queries)
+    store(along_ref.at[:], along, there)
+    if decay is not None:
+        store(sums_ref.at[:], sums, there)
+
+
+def _apart(call: Call, logit: Array, queries: Queries, keys: Keys) -> Array:
+    """Return the gradients of the logits without those of a query and the key at its own place."""
+    if call.lag > 0:  # which it does not see
+        return logit
+    return jnp.where(keys.first - call.lag == queries.reach, 0.0, logit)
 
 
 def _keys_kernel(
@@ -349,7 +371,7 @@ def _keys_kernel(
                 delta[None, :],
             )
             if decay is not None:
-                sums = sums - jnp.sum(grads.logit, axis=1)
+                sums = sums - jnp.sum(_apart(call, grads.logit, queries, keys), axis=1)
             if grads.gate is not None:
                 gates = gates + jnp.sum(grads.gate, axis=1)
             dots_grad = grads.dots if share == 1 else grads.dots * scale

@@ -100,6 +100,17 @@ def test_extreme_gates(form: str):
     check(run(args, implementation=form), direct(args, rows_visible(SMALL)))
 
 
+def test_gradients_of_gates_that_forget_nearly_all(form: str):
+    """They are e^-12 of what a token gives itself, whose rounding must not be among them."""
+    size = Size(length=19, width=5, value_width=3)
+    args = inputs(size)
+    gates = -12.0 - jax.random.uniform(jax.random.key(6), (size.batch, size.length, size.heads))
+    args = args._replace(scale=0.2 * args.scale, log_forget=gates)
+    found, expected = run(args, implementation=form), direct(args, rows_visible(size))
+    assert np.max(np.abs(expected[1].log_forget)) < 1e-4
+    check(found, expected)
+
+
 @pytest.mark.parametrize("length", [65, 300])
 def test_gates_that_grow(form: str, length: int):
     """Older keys gain up to e^0.3 a token, so that they outweigh near ones by e^45 in the end."""

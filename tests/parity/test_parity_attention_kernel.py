@@ -149,6 +149,17 @@ def test_extreme_gates():
     check(run(args, **ON_KERNELS), direct(args, rows_visible(size)))
 
 
+def test_gradients_of_gates_that_forget_nearly_all():
+    """They are e^-12 of what a token gives itself, whose rounding must not be among them."""
+    size = Size(length=53)
+    args = inputs(size)
+    gates = -12.0 - jax.random.uniform(jax.random.key(6), (size.batch, size.length, size.heads))
+    args = args._replace(scale=0.05 * args.scale, log_forget=gates)
+    found, expected = run(args, **ON_KERNELS), direct(args, rows_visible(size))
+    assert np.max(np.abs(expected[1].log_forget)) < 1e-4
+    check(found, expected)
+
+
 @pytest.mark.parametrize("length", [65, 300])
 def test_gates_that_grow(length: int):
     """Older keys gain up to e^0.3 a token, so that they outweigh near ones by e^45 in the end."""
