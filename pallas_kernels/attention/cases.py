@@ -23,12 +23,14 @@ def cases(entry: Entry) -> list[Case]:
     """Return the three kernels launched as the entry says, plain and with all that they can do.
 
     The latter also reads values of half precision with float32 keys, as the contextual memory does.
+    Where a query sees its own place, the gradients of gates leave it out, so the backward kernels
+    come a third time, with what 2Mamba asks of them.
     """
-    return _cases(entry, "") + _cases(entry, "_full")
+    return _cases(entry, "") + _cases(entry, "_full") + _cases(entry, "_forget")[1:]
 
 
 def _cases(entry: Entry, suffix: str) -> list[Case]:
-    full = bool(suffix)
+    full, gated = suffix == "_full", suffix != ""
     batch, length, heads = 2, entry.length, max(entry.rows // 2, 2)
     groups = heads // 2 if full else heads
     wide = jnp.dtype(jnp.float32)
@@ -44,8 +46,8 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         operand(batch, length, groups, entry.width, of=dtype),
         operand(batch, length, groups, entry.width, of=value_dtype),
         operand(heads),
-        Places(tokens, tokens, tokens, tokens) if full else None,
-        Decay(sums, sums, sums, sums) if full else None,
+        Places(tokens, tokens, tokens, tokens) if gated else None,
+        Decay(sums, sums, sums, sums) if gated else None,
         sums if full else None,
         operand(2, of=jnp.dtype(jnp.uint32)) if full else None,
     )

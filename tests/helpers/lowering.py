@@ -3,7 +3,17 @@
 import re
 from typing import Any
 
+from pallas_kernels._launch import Entry, entries
+
 KERNEL_CALL = "__gpu$xla.gpu.triton"
+
+
+def launches(kernel: str) -> list[Entry]:
+    """Return the entries of a table, and the first of each dtype for the narrowest heads."""
+    table = entries(kernel)
+    first = {entry.dtype: entry for entry in reversed(table)}
+    narrow = [entry._replace(width=16) for entry in first.values()]
+    return table + [entry for entry in narrow if entry not in table]
 
 
 def kernel_names(lowered: Any) -> list[str]:

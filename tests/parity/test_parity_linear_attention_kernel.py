@@ -21,7 +21,7 @@ from pallas_kernels.linear_attention import (
 )
 from pallas_kernels.linear_attention.launch import shared_bytes
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
-from tests.helpers.lowering import kernel_names
+from tests.helpers.lowering import kernel_names, launches
 
 TILES = LinearAttentionConfig(chunk=16, block=16, backward_chunk=16, backward_block=16)
 """Small enough that few tokens make several chunks, and narrow heads several blocks."""
@@ -276,7 +276,7 @@ def label(entry: Entry) -> str:
     return f"{entry.dtype}-{entry.width}"
 
 
-@pytest.mark.parametrize("entry", entries(NAME), ids=label)
+@pytest.mark.parametrize("entry", launches(NAME), ids=label)
 def test_every_entry_lowers(entry: Entry):
     found = [
         (case.name, kernel_names(lower_for_cuda(case.function, *case.operands)))

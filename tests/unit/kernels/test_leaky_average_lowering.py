@@ -11,14 +11,14 @@ from pallas_kernels._compat import lower_for_cuda
 from pallas_kernels._launch import Entry, entries
 from pallas_kernels.leaky_average import NAME, LeakyAverageConfig, cases
 from pallas_kernels.leaky_average.launch import layout
-from tests.helpers.lowering import kernel_names
+from tests.helpers.lowering import kernel_names, launches
 
 
 def label(entry: Entry) -> str:
     return f"{entry.dtype}-w{entry.width}-t{entry.length}-r{entry.rows}"
 
 
-@pytest.mark.parametrize("entry", entries(NAME), ids=label)
+@pytest.mark.parametrize("entry", launches(NAME), ids=label)
 def test_every_entry_lowers(entry: Entry):
     for case in cases(entry):
         x = case.operands[0]
@@ -31,7 +31,11 @@ def test_every_entry_lowers(entry: Entry):
 def test_the_table_has_split_and_whole_entries_of_every_dtype():
     for dtype in ("bfloat16", "float16", "float32"):
         mine = [e for e in entries(NAME) if e.dtype == dtype]
-        assert {e.width for e in mine} == {16, 32, 64, 128, 256}
+        assert {e.width for e in mine} == {256}
+        shapes = [(e, (e.rows // 4, e.length, 4, e.width)) for e in mine]
+        splits = {layout(LeakyAverageConfig(**e.config), shape).splits for e, shape in shapes}
+        assert min(splits) == 1
+        assert max(splits) > 1
 
 
 @pytest.mark.parametrize("implementation", ["auto", "pallas", "xla"])
