@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         # A third less to compile; newer versions do not know the flag. The golden check, and all
         # tests on the newest JAX, run the usual emitters.
         "--xla_cpu_use_fusion_emitters=false" * metadata.version("jax").startswith("0.10."),

@@ -12,6 +12,7 @@ from jaxmem.ops.attention import Dropout, Places, attention
 from pallas_kernels._compat import make_mesh
 from pallas_kernels.pairs import PairTiles
 from tests.helpers.attention import (
+    GROWING,
     Size,
     check,
     direct,
@@ -167,7 +168,7 @@ def test_gates_that_grow(length: int):
     args = inputs(size)
     gates = 0.3 * jax.random.uniform(jax.random.key(6), (1, length, size.heads))
     args = args._replace(log_forget=gates)
-    check(run(args, **ON_KERNELS), direct(args, rows_visible(size)))
+    check(run(args, **ON_KERNELS), direct(args, rows_visible(size)), gradient=GROWING)
 
 
 def test_clamp_and_value_gates_among_all_else():
