@@ -99,8 +99,8 @@ def attention(
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
       log_forget: log of the share of what came before that each key's token lets through, finite
-        and of any sign (above 0 older keys gain), per query head. With `places`, all
-        stand in the slot of their place.
+        and of any sign (above 0 older keys gain), per query head. With `places`, all stand in the
+        slot of their place.
       clamp: largest scale q·k, any finite number; what exceeds it counts as it, and passes no
         gradient. None: unbounded.
       value_gate: factor of the values that each query head reads, of any sign. The softmax does

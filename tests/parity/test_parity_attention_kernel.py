@@ -12,7 +12,6 @@ from jaxmem.ops.attention import Dropout, Places, attention
 from pallas_kernels._compat import make_mesh
 from pallas_kernels.pairs import PairTiles
 from tests.helpers.attention import (
-    GROWING,
     Size,
     check,
     direct,
@@ -22,7 +21,7 @@ from tests.helpers.attention import (
     run,
     with_whole_dots,
 )
-from tests.helpers.compare import BFLOAT16, FORWARD, Budget, assert_close
+from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
 
 TILES = PairTiles(
     block_q=16,
@@ -168,7 +167,10 @@ def test_gates_that_grow(length: int):
     args = inputs(size)
     gates = 0.3 * jax.random.uniform(jax.random.key(6), (1, length, size.heads))
     args = args._replace(log_forget=gates)
-    check(run(args, **ON_KERNELS), direct(args, rows_visible(size)), gradient=GROWING)
+    # A gate's gradient adds up what passes it, here nearly all of later rows, and their rounding.
+    # Measured rms 1.2e-5 with 300 tokens on JAX 0.12, else below 8e-6.
+    budget = GRADIENT._replace(rms=1.5e-5) if length == 300 else GRADIENT
+    check(run(args, **ON_KERNELS), direct(args, rows_visible(size)), gradient=budget)
 
 
 def test_clamp_and_value_gates_among_all_else():
