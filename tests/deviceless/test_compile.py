@@ -12,7 +12,8 @@ import pytest
 import pallas_kernels
 from pallas_kernels._compat import launch, load, mm, pl, store
 from pallas_kernels._deviceless import compile_for, kernel_uses, missing
-from pallas_kernels._launch import TABLES, Entry, entries
+from pallas_kernels._launch import TABLES, Entry
+from tests.helpers.lowering import launches
 
 if missing() is not None:
     pytest.skip(str(missing()), allow_module_level=True)
@@ -28,7 +29,7 @@ def tables() -> list[tuple[str, Entry]]:
         (kernel, entry)
         for kernel in pallas_kernels.names()
         for device in devices
-        for entry in entries(kernel, device)
+        for entry in launches(kernel, device)
     ]
 
 

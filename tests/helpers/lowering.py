@@ -8,9 +8,9 @@ from pallas_kernels._launch import Entry, entries
 KERNEL_CALL = "__gpu$xla.gpu.triton"
 
 
-def launches(kernel: str) -> list[Entry]:
+def launches(kernel: str, device: str = "default") -> list[Entry]:
     """Return the entries of a table, and the first of each dtype for the narrowest heads."""
-    table = entries(kernel)
+    table = entries(kernel, device)
     first = {entry.dtype: entry for entry in reversed(table)}
     narrow = [entry._replace(width=16) for entry in first.values()]
     return table + [entry for entry in narrow if entry not in table]
