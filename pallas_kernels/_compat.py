@@ -7,8 +7,10 @@ below, so that a move to another backend changes this file, and loads and stores
 
 import contextlib
 import contextvars
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,8 +44,8 @@ class Target(NamedTuple):
 
     kind: str
     """Marketing name, such as `NVIDIA H200`."""
-    capability: tuple[int, int]
-    """CUDA compute capability."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None for a GPU that has none (ROCm)."""
 
 
 # Capabilities of the devices that may be stood in for; real ones report their own.
@@ -56,13 +58,38 @@ _stand_in: contextvars.ContextVar[Target | None] = contextvars.ContextVar("stand
 
 
 def target() -> Target | None:
-    """Return the GPU that a kernel traced now is compiled for; None where there is none."""
-    stand_in = _stand_in.get()
-    if stand_in is not None or jax.default_backend() != "gpu":
-        return stand_in
-    device = jax.devices()[0]
-    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
-    return Target(device.device_kind, (int(major), int(minor or 0)))
+    """Return the GPU that a kernel traced now is compiled for; None if the process has none."""
+    return _stand_in.get() or _local_gpu()
+
+
+@cache
+def _local_gpu() -> Target | None:
+    """Return the first GPU of this process, whichever platform is its default."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # no such platform
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return Target(device.device_kind, (int(found[1]), int(found[2])) if found else None)
+
+
+def default_platform() -> str:
+    """Return the platform that code traced now runs on unless its arrays say otherwise.
+
+    That is the one of `jax.default_device`, or the first one of the process: `cpu`, `gpu`, `tpu`.
+    """
+    if _stand_in.get() is not None:
+        return "gpu"
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        return jax.default_backend()
+    platform = device if isinstance(device, str) else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def only_cpu() -> bool:
+    """Return whether no other platform than a CPU can run what is traced now."""
+    return target() is None and default_platform() == jax.default_backend() == "cpu"
 
 
 @contextlib.contextmanager
@@ -168,3 +195,21 @@ def make_mesh(shape: Sequence[int], names: Sequence[str], devices: Sequence[jax.
     """
     types = (AxisType.Auto,) * len(tuple(names))
     return jax.make_mesh(tuple(shape), tuple(names), axis_types=types, devices=tuple(devices))
+
+
+def vary_like(value: Array, *operands: Any) -> Array:
+    """Return the value, marked as varying over the mesh axes that the operands vary over.
+
+    Inside `jax.shard_map` with its check of varying axes a scan refuses a carry that starts as a
+    constant and becomes a function of the operands. Elsewhere this does nothing.
+    """
+    axes = _varying(*operands) - _varying(value)
+    return lax.pcast(value, tuple(sorted(axes)), to="varying") if axes else value
+
+
+def _varying(*operands: Any) -> frozenset[str]:
+    """Return the manual mesh axes that arrays vary over."""
+    found: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(operands):
+        found |= jax.typeof(leaf).manual_axis_type.varying
+    return found

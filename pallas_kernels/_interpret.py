@@ -1,17 +1,15 @@
 """Where kernels run compiled, and where they are interpreted."""
 
-import jax
-
-from pallas_kernels._compat import target
+from pallas_kernels._compat import default_platform
 
 
 def on_cpu() -> bool:
-    """Return whether what is traced now runs on a CPU, rather than a device or a stand-in."""
-    return target() is None and jax.default_backend() == "cpu"
+    """Return whether what is traced now runs on a CPU unless its arrays say otherwise."""
+    return default_platform() == "cpu"
 
 
 def interpreted(interpret: bool | None = None) -> bool:
-    """Return whether a kernel traced now is interpreted: as asked, or where there is no GPU.
+    """Return whether a kernel traced now is interpreted: as asked, or where it runs on a CPU.
 
     Interpreted kernels show that the mathematics is right; they are slow and never a benchmark.
     """

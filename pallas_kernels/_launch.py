@@ -15,17 +15,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels._compat import Target, backend_missing, target
-from pallas_kernels._interpret import on_cpu
+from pallas_kernels._compat import Target, backend_missing, default_platform, target
 
 TABLES = Path(__file__).parent / "tuned"
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_WIDTH = 256
 """Widest head that kernels take."""
 MIN_CAPABILITY = (8, 0)
+SHARED_BYTES = {
+    (8, 0): 166912,
+    (8, 6): 101376,
+    (8, 7): 166912,
+    (8, 9): 101376,
+    (9, 0): 232448,
+    (10, 0): 232448,
+    (10, 1): 232448,
+    (10, 3): 232448,
+    (12, 0): 101376,
+    (12, 1): 101376,
+}
+"""Bytes of shared memory that one program may use, by compute capability."""
 
 Config = TypeVar("Config")
 
@@ -111,15 +122,9 @@ def _lookup(
 
 def unmet(dtype: Any, *widths: int) -> str | None:
     """Say why kernels cannot take a call with this dtype and these head widths here, or None."""
-    missing = backend_missing()
-    if missing:
-        return missing
-    gpu = target()
-    if gpu is None and not on_cpu():
-        return f"kernels run on CUDA GPUs and, interpreted, on CPU; this is {jax.default_backend()}"
-    if gpu is not None and gpu.capability < MIN_CAPABILITY:
-        found = ".".join(map(str, gpu.capability))
-        return f"kernels need compute capability 8.0 or more; {gpu.kind} has {found}"
+    why = device_unmet()
+    if why:
+        return why
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f"kernels take {', '.join(DTYPES)}, not {name}"
@@ -128,11 +133,35 @@ def unmet(dtype: Any, *widths: int) -> str | None:
     return None
 
 
+def device_unmet() -> str | None:
+    """Say why no kernel can run here, interpreted or compiled, or None."""
+    missing = backend_missing()
+    if missing:
+        return missing
+    gpu = target()
+    if gpu is None:
+        platform = default_platform()
+        known = f"kernels run on CUDA GPUs and, interpreted, on CPU; this is {platform}"
+        return None if platform == "cpu" else known
+    if gpu.capability is None:
+        return f"kernels run on CUDA GPUs; {gpu.kind} reports no CUDA compute capability"
+    if gpu.capability < MIN_CAPABILITY:
+        found = ".".join(map(str, gpu.capability))
+        return f"kernels need compute capability 8.0 or more; {gpu.kind} has {found}"
+    return None
+
+
 def shared_limit(gpu: Target | None) -> int:
-    """Return the bytes of shared memory that one program may use (that of sm_90 if unknown)."""
-    if gpu is None or gpu.capability >= (9, 0):
-        return 232448
-    return 166912 if gpu.capability == (8, 0) else 101376
+    """Return the bytes of shared memory that one program may use on a GPU.
+
+    An unknown GPU gets the smallest; without one nothing is compiled, and the largest is allowed.
+
+    Reference: CUDA C++ Programming Guide, technical specifications per compute capability
+      (maximum amount of shared memory per thread block).
+    """
+    if gpu is None:
+        return max(SHARED_BYTES.values())
+    return SHARED_BYTES.get(gpu.capability or (0, 0), min(SHARED_BYTES.values()))
 
 
 def too_much_shared(kernel: str, needed: int) -> str | None:

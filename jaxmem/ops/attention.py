@@ -36,8 +36,8 @@ from jaxmem.ops.checks import (
     check_documents,
     check_floating,
     check_precision,
-    check_scale,
     check_shape,
+    logit_scale,
 )
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
@@ -246,7 +246,8 @@ def _attend(
         dropout=dropout,
         config=config,
         wants_lse=wants_lse,
-    )
+        interpret=interpret,
+    ).implementation
     if form == "cudnn":
         y = attention_cudnn.run(q, k, v, scale=float(scale), window=window)
         return Read(y, jnp.zeros(()))
@@ -302,7 +303,7 @@ def _check_operands(
             f"{op}: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
             "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
         )
-    check_scale(op, scale, heads)
+    logit_scale(op, scale, heads, q.shape[3])
     for name, gate in gates.items():
         check_shape(op, name, gate, (*k.shape[:2], heads), "one gate per key and query head")
 

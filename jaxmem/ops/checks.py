@@ -4,13 +4,27 @@ import math
 import numbers
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.errors import ConfigError, DTypeError, ShapeError, unknown_name
 from jaxmem.ops.attention_terms import Dropout
 from pallas_kernels._compat import Precision
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+_MAY_BE_EMPTY = ("B", "T", "S")
+
+
+def as_arrays(*values: Any) -> tuple[Any, ...]:
+    """Return NumPy arrays as JAX's, in the dtypes that JAX gives them; anything else as it is.
+
+    With 64-bit types off, float64 arrays of NumPy would else warn wherever they are cast.
+    """
+    return tuple(
+        jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, value)
+        for value in values
+    )
 
 
 def check_floating(op: str, **arrays: Any) -> None:
@@ -33,17 +47,20 @@ def check_floating(op: str, **arrays: Any) -> None:
 
 
 def check_axes(op: str, name: str, array: Any, axes: str) -> None:
-    """Check that an array has the named axes, such as `B T D`, and that none is empty.
+    """Check that an array has the named axes, such as `B T D`.
+
+    Rows (B), queries (T) and keys (S) may be none at all; the result is then empty or zero.
 
     Raises:
-      ShapeError: it has another number of axes, or nothing in it.
+      ShapeError: it has another number of axes, or an axis of another name is empty.
     """
     if len(array.shape) != len(axes.split()):
         raise ShapeError(f"{op}: {name} has shape {array.shape}. Pass {name} [{axes}].")
-    if 0 in array.shape:
+    sizes = zip(axes.split(), array.shape, strict=True)
+    if any(isinstance(n, int) and n == 0 and axis not in _MAY_BE_EMPTY for axis, n in sizes):
         raise ShapeError(
             f"{op}: an axis of {name} {array.shape} is empty. Give at least one entry along each "
-            f"of [{axes}]."
+            f"of [{axes}] but rows and tokens."
         )
 
 
@@ -64,22 +81,60 @@ def check_documents(
 
     Raises:
       ShapeError: `segment_ids` is not [B T], or `initial_segment` not [B].
+      DTypeError: one of them does not hold integers.
     """
     check_shape(op, "segment_ids", segment_ids, tokens, "the document of each token")
     check_shape(op, "initial_segment", initial_segment, tokens[:1], "one document per row")
+    check_integers(op, segment_ids=segment_ids, initial_segment=initial_segment)
 
 
-def check_scale(op: str, scale: Any, heads: int) -> None:
-    """Check a factor of logits, which is one number or one per head.
+def check_integers(op: str, **arrays: Any) -> None:
+    """Check that arrays hold integers, of which numbers of documents and places are.
 
     Raises:
-      ShapeError: it is neither.
+      DTypeError: one holds something else.
     """
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise DTypeError(
+                f"{op}: {name} is {array.dtype}, where integers are expected. Cast it to int32."
+            )
+
+
+def logit_scale(op: str, scale: Any, heads: int, width: int) -> Any:
+    """Return the factor of logits: one number, or one per head; None is 1/sqrt(K).
+
+    A Python or NumPy number comes back as a Python float, which some implementations need.
+
+    Raises:
+      ShapeError: it has another shape.
+      DTypeError: it is an array that is not floating point.
+      ConfigError: it is a number that is not finite.
+    """
+    if scale is None or isinstance(scale, numbers.Real):
+        return number_scale(op, scale, width)
+    check_floating(op, scale=scale)
     if jnp.shape(scale) not in ((), (heads,)):
         raise ShapeError(
             f"{op}: scale has shape {jnp.shape(scale)}. "
             f"Pass one number, or one per head, shape ({heads},)."
         )
+    return scale
+
+
+def number_scale(op: str, scale: Any, width: int) -> float:
+    """Return a factor that is one number, as a Python float; None is 1/sqrt(K).
+
+    Raises:
+      ConfigError: it is not a finite Python or NumPy number.
+    """
+    if scale is None:
+        return float(width) ** -0.5
+    if isinstance(scale, numbers.Real) and math.isfinite(scale):
+        return float(scale)
+    raise ConfigError(
+        f"{op}: scale={scale!r} is not a finite number. Use 0.125, say, or None for 1/sqrt(K)."
+    )
 
 
 def check_precision(precision: Precision | None) -> None:

@@ -1,8 +1,10 @@
 """Choice between the implementations of an op: `auto` says why, a named one runs or raises.
 
 `auto` takes the first implementation that can run, in the order in which the op declares them; a
-kernel that would only be interpreted is never taken. `use_implementation` or the environment
-variable JAXMEM_IMPLEMENTATION replace `auto` everywhere; what a call names itself stays.
+kernel that would only be interpreted is never taken. In a process with a GPU a trace does not know
+where its code will run, so `auto` takes a kernel for the GPU and plain JAX for anywhere else.
+`use_implementation` or the environment variable JAXMEM_IMPLEMENTATION replace `auto` everywhere;
+what a call names itself stays.
 """
 
 import contextlib
@@ -10,15 +12,19 @@ import contextvars
 import importlib
 import os
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmem.errors import KernelUnsupported, UnknownName, unknown_name
+from pallas_kernels._compat import default_platform, target
 from pallas_kernels._interpret import on_cpu
+from pallas_kernels._launch import device_unmet
 
 Shared = Literal["auto", "reference", "xla", "pallas"]
 """Names that every op knows."""
@@ -28,6 +34,11 @@ Unmet = Callable[..., str | None]
 
 VARIABLE = "JAXMEM_IMPLEMENTATION"
 KERNELS = ("pallas", "cudnn")
+INTERPRETED = (
+    "A kernel was asked for by name where there is no GPU: it is interpreted, which shows that its "
+    "mathematics is right and is up to a thousand times slower. Use implementation='xla' on a CPU."
+)
+"""What is said once where a kernel is interpreted; `interpret=True` asks for that in silence."""
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
@@ -67,6 +78,20 @@ class Choice(NamedTuple):
     reason: str
     rejected: tuple[Rejected, ...] = ()
     """What `auto` would have preferred."""
+    elsewhere: str | None = None
+    """What runs instead where the arrays make the code run on another platform than the default
+    one: plain JAX off the GPU, or a kernel on it; None: the same."""
+
+    @property
+    def kernel(self) -> str | None:
+        """The kernel that runs on a GPU; None: none."""
+        return next((n for n in (self.implementation, self.elsewhere) if n in KERNELS), None)
+
+    @property
+    def plain(self) -> str | None:
+        """The form in plain JAX that runs off the GPU, or everywhere; None: a kernel was named."""
+        names = (self.implementation, self.elsewhere)
+        return next((n for n in names if n is not None and n not in KERNELS), None)
 
 
 def declare(call: Callable[..., Any], **candidates: Unmet | None) -> None:
@@ -115,7 +140,8 @@ def explain(
     """Say which implementation of `op` a call runs, and why not the ones before it.
 
     The op is traced with these arguments and nothing is computed, so the answer, like an error, is
-    that of the call itself.
+    that of the call itself. Arrays that were put on one device count as being there; otherwise it
+    is for `jax.default_device`.
 
     Args:
       op: name of the op.
@@ -132,9 +158,18 @@ def explain(
     call = _op(op).call
     if not operands and not options:
         return _choose(op, implementation, (), {})
-    with recording_choices() as choices:
+    with recording_choices() as choices, jax.default_device(_device_of(operands, options)):
         _trace(call, operands, {"implementation": implementation, **options})
     return choices[0]
+
+
+def _device_of(*trees: Any) -> Any:
+    """Return the device that committed arrays stand on, or the one of `jax.default_device`."""
+    leaves = [a for a in jax.tree.leaves(trees) if isinstance(a, jax.Array)]
+    concrete = [a for a in leaves if not isinstance(a, jax.core.Tracer)]
+    devices = [device for a in concrete if a.committed for device in a.devices()]
+    default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return devices[0] if devices else default
 
 
 def _trace(call: Callable[..., Any], operands: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -150,20 +185,29 @@ def _trace(call: Callable[..., Any], operands: tuple[Any, ...], options: dict[st
     jax.eval_shape(run, arrays)
 
 
-def resolve(op: str, implementation: Implementation, *operands: Any, **options: Any) -> str:
-    """Return the name of the implementation that runs; see `explain` for the errors.
+def resolve(
+    op: str,
+    implementation: Implementation,
+    *operands: Any,
+    interpret: bool | None = None,
+    **options: Any,
+) -> Choice:
+    """Return which implementation runs where; see `explain` for the errors.
 
     Args:
       op: name of the op, which calls this once its arguments are checked.
       implementation: what the call asks for.
       operands: arrays that the op's declared conditions look at.
-      options: the other arguments that they look at.
+      interpret: whether the call asks for an interpreted kernel; None: it does not say.
+      options: the other arguments that the conditions look at.
     """
     choice = _choose(op, implementation, operands, options)
+    if choice.implementation in KERNELS and on_cpu() and interpret is None:
+        _warn_interpreted()
     seen = _record.get()
     if seen is not None and choice not in seen:
         seen.append(choice)
-    return choice.implementation
+    return choice
 
 
 def _choose(
@@ -175,15 +219,38 @@ def _choose(
     override = _shared(_override.value or os.environ.get(VARIABLE) or "auto", source)
     if override != "auto":
         return _named(op, override, f"set by {source}", operands, options)
-    rejected = []
+    rejected: list[Rejected] = []
+    kernel = None
     for name, unmet in _op(op).candidates.items():
-        why = _unmet(unmet, operands, options)
-        if why is None and name in KERNELS and on_cpu():
-            why = "no GPU here, where a kernel would only be interpreted"
-        if why is None:
-            return Choice(op, name, _reason(rejected), tuple(rejected))
-        rejected.append(Rejected(name, why))
+        if kernel is not None and name in KERNELS:
+            continue
+        why = _no_gpu() if name in KERNELS else None
+        why = why or _unmet(name, unmet, operands, options)
+        if why is not None:
+            if kernel is None:
+                rejected.append(Rejected(name, why))
+        elif name in KERNELS:
+            kernel = name
+        else:
+            return _placed(op, kernel, name, rejected)
     raise KernelUnsupported(f"{op}: {_reason(rejected)}. Nothing is left that could run.")
+
+
+def _placed(op: str, kernel: str | None, plain: str, rejected: list[Rejected]) -> Choice:
+    """Return the choice between a kernel for the GPU, if there is one, and plain JAX."""
+    if kernel is None:
+        return Choice(op, plain, _reason(rejected), tuple(rejected))
+    if default_platform() == "gpu":
+        return Choice(op, kernel, _reason(rejected), tuple(rejected), elsewhere=plain)
+    rejected.append(Rejected(kernel, f"code runs on the {default_platform()} here"))
+    return Choice(op, plain, _reason(rejected), tuple(rejected), elsewhere=kernel)
+
+
+def _no_gpu() -> str | None:
+    """Say why `auto` takes no kernel here, whatever the call is, or None."""
+    if target() is None and on_cpu():
+        return "no GPU here, where a kernel would only be interpreted"
+    return device_unmet()
 
 
 def explain_all() -> list[str]:
@@ -235,19 +302,44 @@ def _named(
             f"{op} has no implementation {name!r}. It has {', '.join(candidates)}. "
             f"Use one of these, or 'auto'."
         )
-    why = _unmet(candidates[name], operands, options)
+    why = _unmet(name, candidates[name], operands, options)
     if why is not None and not isinstance(why, Slower):
+        others = [n for n in candidates if n != name and _runs(op, n, operands, options)]
         raise KernelUnsupported(
             f"{op} cannot run implementation {name!r}: {why}. "
-            f"Use 'auto', or one of {', '.join(n for n in candidates if n != name)}."
+            f"Use 'auto', or one of {', '.join(others)}."
         )
     if name in KERNELS and on_cpu():
         reason += "; interpreted, as there is no GPU here"
     return Choice(op, name, reason)
 
 
-def _unmet(unmet: Unmet | None, operands: tuple[Any, ...], options: dict[str, Any]) -> str | None:
-    return None if unmet is None or not operands else unmet(*operands, **options)
+def _runs(op: str, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Return whether an implementation can run a call, and not only interpreted."""
+    if name in KERNELS and _no_gpu() is not None:
+        return False
+    why = _unmet(name, _op(op).candidates[name], operands, options)
+    return why is None or isinstance(why, Slower)
+
+
+@cache
+def _warn_interpreted() -> None:
+    """Warn, once per process, that a kernel is about to be interpreted."""
+    warnings.warn(INTERPRETED, UserWarning, stacklevel=2)
+
+
+def _unmet(
+    name: str, unmet: Unmet | None, operands: tuple[Any, ...], options: dict[str, Any]
+) -> str | None:
+    if unmet is None or not operands:
+        return None
+    if name in KERNELS and not all(_known_sizes(a) for a in jax.tree.leaves(operands)):
+        return "a kernel needs known sizes, and this call has symbolic ones"
+    return unmet(*operands, **options)
+
+
+def _known_sizes(array: Any) -> bool:
+    return all(isinstance(size, int) for size in jnp.shape(array))
 
 
 def _reason(rejected: list[Rejected]) -> str:

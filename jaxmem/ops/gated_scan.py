@@ -67,7 +67,9 @@ def gated_scan(
     """
     _check(x, log_decay, initial_state)
     check_documents("gated_scan", x.shape[:2], segment_ids, initial_segment)
-    form = resolve("gated_scan", implementation, x, log_decay, config=config)
+    form = resolve(
+        "gated_scan", implementation, x, log_decay, interpret=interpret, config=config
+    ).implementation
     wide = at_least_float32(x).dtype
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], x.shape[2]), wide)

@@ -125,7 +125,9 @@ def leaky_average(
     _check(x, rate, scaling, initial_state, chunk_size)
     check_documents("leaky_average", x.shape[:2], segment_ids, initial_segment)
     check_precision(precision)
-    form = resolve("leaky_average", implementation, x, rate, config=config)
+    form = resolve(
+        "leaky_average", implementation, x, rate, interpret=interpret, config=config
+    ).implementation
     wide = at_least_float32(x).dtype
     rate = rate.astype(wide)
     batch, _, heads, width = x.shape

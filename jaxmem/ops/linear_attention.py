@@ -110,7 +110,9 @@ def linear_attention(
         chunk_size=chunk_size,
         precision=precision,
     )
-    form = resolve("linear_attention", implementation, q, k, v, config=config)
+    form = resolve(
+        "linear_attention", implementation, q, k, v, interpret=interpret, config=config
+    ).implementation
     start = operands.state
     if start is None:
         batch, heads = v.shape[0], v.shape[2]

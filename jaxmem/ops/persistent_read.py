@@ -15,7 +15,7 @@ from jaxmem.ops.checks import (
     check_axes,
     check_floating,
     check_precision,
-    check_scale,
+    logit_scale,
 )
 from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.first_order import first_order
@@ -84,7 +84,9 @@ def persistent_read(
     _check(q, keys, values, scale)
     check_precision(precision)
     dropout = active_dropout("persistent_read", dropout)
-    form = resolve("persistent_read", implementation, q, keys, values, config=config)
+    form = resolve(
+        "persistent_read", implementation, q, keys, values, interpret=interpret, config=config
+    ).implementation
     seed, rate = None, 0.0
     if dropout is not None:
         seed, rate = dropout_seed(dropout.key), dropout.rate
@@ -128,7 +130,7 @@ def _check(q: Array, keys: Array, values: Array, scale: float | Array) -> None:
             f"{op}: q {q.shape}, keys {keys.shape}, values {values.shape} do not fit. "
             "Expected q [B T H K], keys [R H P K], values [R H P V]."
         )
-    check_scale(op, scale, q.shape[2])
+    logit_scale(op, scale, *q.shape[2:])
 
 
 class _Static(NamedTuple):

@@ -98,7 +98,7 @@ def polynomial_attention(
     _check_weights(coefficients, scale, q.shape[2])
     check_clamp("polynomial_attention", clamp)
     check_precision(precision)
-    form = resolve("polynomial_attention", implementation, q, k, v)
+    form = resolve("polynomial_attention", implementation, q, k, v).implementation
     wide = at_least_float32(q).dtype
     decay = None
     if log_forget is not None:

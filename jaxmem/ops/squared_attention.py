@@ -143,7 +143,9 @@ def squared_attention(
     # The kernel's name is for rows read at once; `auto` tells `explain` why it is not taken here.
     asked = "auto" if implementation == "pallas" and initial_state is not None else implementation
     options = {"initial_state": initial_state, "config": config}
-    form = resolve("squared_attention", asked, q, k, v, **options)
+    form = resolve(
+        "squared_attention", asked, q, k, v, interpret=interpret, **options
+    ).implementation
     if form == "pallas":
         static = _Static(scale, precision, config, interpreted(interpret))
         found: Any = _kernel(static, *_pairs(operands))

@@ -104,7 +104,9 @@ def weighted_average(
     """
     weights = _check(values, log_weight, log_decay, bonus, initial_state)
     check_documents("weighted_average", values.shape[:2], segment_ids, initial_segment)
-    form = resolve("weighted_average", implementation, values, config=config)
+    form = resolve(
+        "weighted_average", implementation, values, interpret=interpret, config=config
+    ).implementation
     dtype = at_least_float32(values).dtype
     v = values.astype(dtype)
     k, w = (jnp.broadcast_to(a.astype(dtype), weights) for a in (log_weight, log_decay))
