@@ -3,27 +3,38 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _launch, attention, gated_scan, leaky_average, persistent_read
+from pallas_kernels import (
+    _compat,
+    _launch,
+    attention,
+    gated_scan,
+    leaky_average,
+    persistent_read,
+)
 from pallas_kernels._compat import (
     Precision,
+    Target,
+    default_platform,
     launch,
     load,
     lower_for_cuda,
     mm,
+    only_cpu,
     pl,
     stand_in_gpu,
     store,
     target,
 )
-from pallas_kernels._interpret import interpreted
+from pallas_kernels._interpret import interpreted, on_cpu
 from pallas_kernels._launch import entries, lookup, power_of_two, too_much_shared, unmet
 from tests.helpers.lowering import kernel_names
 
@@ -233,11 +244,84 @@ def test_rows_of_the_gated_scan_are_an_unrolled_loop_and_no_tile():
 
 
 def test_an_old_gpu_and_a_missing_backend_are_told(monkeypatch: pytest.MonkeyPatch):
-    old = _launch.Target("NVIDIA V100", (7, 0))
+    old = Target("NVIDIA V100", (7, 0))
     monkeypatch.setattr(_launch, "target", lambda: old)
     assert "8.0 or more; NVIDIA V100 has 7.0" in (unmet(jnp.float32, 64) or "")
     monkeypatch.setattr(_launch, "backend_missing", lambda: "gone")
     assert unmet(jnp.float32, 64) == "gone"
+
+
+class Device(NamedTuple):
+    """A device that is not here."""
+
+    device_kind: str
+    compute_capability: str | None
+
+
+@pytest.fixture
+def process_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Let the process take itself for one with this platform and device."""
+
+    def set_up(platform: str, device: Device | None = None) -> None:
+        def devices(backend: str) -> list[Device]:
+            if device is None or backend != "gpu":
+                raise RuntimeError(f"Unknown backend {backend}")
+            return [device]
+
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        monkeypatch.setattr(jax, "local_devices", devices)
+        _compat._local_gpu.cache_clear()
+
+    yield set_up
+    _compat._local_gpu.cache_clear()
+
+
+@pytest.mark.parametrize("capability", ["gfx942", "", None, "9"])
+def test_a_gpu_without_a_cuda_capability_is_told(
+    capability: str | None, process_with: Callable[..., None]
+):
+    process_with("gpu", Device("AMD Instinct MI300X", capability))
+    assert target() == Target("AMD Instinct MI300X", None)
+    said = "kernels run on CUDA GPUs; AMD Instinct MI300X reports no CUDA compute capability"
+    assert unmet(jnp.float32, 64) == said
+    assert not on_cpu()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "METAL"])
+def test_another_platform_is_told(platform: str, process_with: Callable[..., None]):
+    process_with(platform)
+    assert unmet(jnp.float32, 64) == (
+        f"kernels run on CUDA GPUs and, interpreted, on CPU; this is {platform}"
+    )
+
+
+def test_a_default_device_replaces_the_platform_of_the_process(
+    process_with: Callable[..., None],
+):
+    process_with("gpu", Device("NVIDIA H200", "9.0"))
+    assert target() == Target("NVIDIA H200", (9, 0))
+    assert (default_platform(), only_cpu(), interpreted()) == ("gpu", False, False)
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            assert (default_platform(), only_cpu(), interpreted()) == ("cpu", False, True)
+            assert unmet(jnp.float32, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "limit"),
+    [
+        ((8, 0), 166912),
+        ((8, 6), 101376),
+        ((8, 9), 101376),
+        ((9, 0), 232448),
+        ((10, 0), 232448),
+        ((12, 0), 101376),  # a consumer's Blackwell
+        ((13, 7), 101376),  # not known: the smallest
+        (None, 101376),
+    ],
+)
+def test_shared_memory_is_that_of_the_capability(capability: tuple[int, int] | None, limit: int):
+    assert _launch.shared_limit(Target("some GPU", capability)) == limit
 
 
 @pytest.mark.parametrize(("size", "padded"), [(1, 16), (16, 16), (17, 32), (80, 128), (128, 128)])

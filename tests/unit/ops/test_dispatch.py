@@ -1,9 +1,11 @@
 """The choice between implementations, and what is said about it."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -27,7 +29,8 @@ from jaxmem.ops.linear_attention import init_linear_state, linear_attention
 from jaxmem.ops.persistent_read import persistent_read
 from jaxmem.ops.squared_attention import squared_attention
 from jaxmem.ops.weighted_average import init_weighted_state, weighted_average
-from pallas_kernels._compat import stand_in_gpu
+from pallas_kernels import _compat
+from pallas_kernels._compat import Target, stand_in_gpu
 
 X = jnp.ones((2, 5, 2, 16))
 FLAT = jnp.ones((2, 5, 16))
@@ -136,6 +139,71 @@ def test_a_named_implementation_raises_where_it_cannot_run(shiny: str):
         resolve(shiny, "pallas", jnp.ones((2, 8)))
     with pytest.raises(KernelUnsupported, match=r"'cudnn'.*It has pallas, xla, reference.*'auto'"):
         resolve(shiny, "cudnn")
+
+
+def test_what_is_recommended_can_run(shiny: str):
+    with pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of xla, reference\.$"):
+        resolve(shiny, "pallas", jnp.ones((2, 8)))
+    declare(dispatch._OPS[shiny].call, cudnn=lambda q: "no", pallas=narrow_only, xla=None)
+    with pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of xla\.$"):
+        resolve(shiny, "cudnn", jnp.ones((2, 4)))  # a kernel would only be interpreted here
+    with (
+        stand_in_gpu(),
+        pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of pallas, xla\.$"),
+    ):
+        resolve(shiny, "cudnn", jnp.ones((2, 4)))
+
+
+def test_interpretation_is_announced_once(shiny: str):
+    dispatch._warn_interpreted.cache_clear()
+    with pytest.warns(UserWarning, match="interpreted.*a thousand times slower"):
+        resolve(shiny, "pallas", jnp.ones((2, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(shiny, "pallas", jnp.ones((2, 4)))
+        dispatch._warn_interpreted.cache_clear()
+        resolve(shiny, "pallas", jnp.ones((2, 4)), interpret=True)
+        with stand_in_gpu():
+            resolve(shiny, "pallas", jnp.ones((2, 4)))
+
+
+def test_symbolic_sizes_take_no_kernel_and_cannot_crash_the_choice(shiny: str):
+    (size,) = jax.export.symbolic_shape("b")
+    q = jax.ShapeDtypeStruct((size, 4), jnp.float32)
+    with stand_in_gpu():
+        choice = explain(shiny, q)
+    assert choice.implementation == "xla"
+    assert (
+        choice.reason == "not pallas: a kernel needs known sizes, and this call has symbolic ones"
+    )
+    with pytest.raises(KernelUnsupported, match="known sizes"):
+        resolve(shiny, "pallas", q)
+
+
+@pytest.fixture
+def gpu_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that takes itself for one with an H200 as its first device."""
+    monkeypatch.setattr(_compat, "_local_gpu", lambda: Target("NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("gpu_process")
+def test_a_process_with_a_gpu_has_plain_jax_for_its_cpu(shiny: str):
+    q = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    choice = explain(shiny, q)
+    assert (choice.implementation, choice.elsewhere) == ("pallas", "xla")
+    assert (choice.kernel, choice.plain) == ("pallas", "xla")
+    with jax.default_device(jax.devices("cpu")[0]):
+        choice = explain(shiny, q)
+    assert (choice.implementation, choice.elsewhere) == ("xla", "pallas")
+    assert choice.reason == "not pallas: code runs on the cpu here"
+    # What stands on the CPU is computed there.
+    placed = jax.device_put(jnp.ones((2, 4)), jax.devices("cpu")[0])
+    assert explain(shiny, placed).implementation == "xla"
+    wide = explain(shiny, jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    assert (wide.kernel, wide.plain, wide.elsewhere) == (None, "xla", None)
+    named = explain(shiny, q, implementation="pallas")
+    assert (named.kernel, named.plain) == ("pallas", None)
 
 
 def test_a_context_and_the_environment_replace_auto_only(
