@@ -9,6 +9,7 @@ import jax.export
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxmem.errors import KernelUnsupported, UnknownName
 from jaxmem.ops import dispatch
@@ -30,7 +31,7 @@ from jaxmem.ops.persistent_read import persistent_read
 from jaxmem.ops.squared_attention import squared_attention
 from jaxmem.ops.weighted_average import init_weighted_state, weighted_average
 from pallas_kernels import _compat
-from pallas_kernels._compat import Target, stand_in_gpu
+from pallas_kernels._compat import Target, make_mesh, stand_in_gpu
 
 X = jnp.ones((2, 5, 2, 16))
 FLAT = jnp.ones((2, 5, 16))
@@ -204,6 +205,40 @@ def test_a_process_with_a_gpu_has_plain_jax_for_its_cpu(shiny: str):
     assert (wide.kernel, wide.plain, wide.elsewhere) == (None, "xla", None)
     named = explain(shiny, q, implementation="pallas")
     assert (named.kernel, named.plain) == ("pallas", None)
+
+
+def sharded(call: Any) -> Any:
+    mesh = make_mesh((2,), ("rows",), jax.devices()[:2])
+    rows = PartitionSpec("rows")
+    return jax.shard_map(call, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda call: call,
+        jax.jit,
+        lambda call: jax.vmap(call, in_axes=1, out_axes=1),
+        lambda call: jax.grad(lambda x: jnp.sum(call(x))),
+        sharded,
+    ],
+    ids=["none", "jit", "vmap", "grad", "shard_map"],
+)
+@pytest.mark.parametrize("placed", ["gpu", "cpu"])
+@pytest.mark.usefixtures("gpu_process")
+def test_explain_agrees_with_what_runs_under_transformations(transform: Any, placed: str):
+    x = jax.ShapeDtypeStruct((2, 40, 40, 16), jnp.float32)
+    device = jax.devices("cpu")[0] if placed == "cpu" else None
+    kernel = "pallas" if placed == "gpu" else "xla"
+
+    def call(x: jax.Array) -> jax.Array:
+        return leaky_average(x.reshape(-1, 40, 1, 16), jnp.ones(1))[0].reshape(x.shape)
+
+    with jax.default_device(device):
+        expected = explain("leaky_average", jnp.ones((2, 40, 1, 16)), jnp.ones(1))
+        with recording_choices() as choices:
+            jax.eval_shape(transform(call), x)
+    assert {c.implementation for c in choices} == {kernel} == {expected.implementation}
 
 
 def test_a_context_and_the_environment_replace_auto_only(
