@@ -10,6 +10,23 @@ from pallas_kernels._compat import load, pl, store
 LOG2_E = 1.4426950408889634
 
 
+def softmax_weights(logit: Array, maximum: Array) -> Array:
+    """Return 2^(logit - maximum), at most 1.
+
+    `maximum` is a row's largest logit or its log-sum-exp, in units of log 2 as the logits. It comes
+    from logits whose last bit may differ from that of these: the compiler contracts
+    scale q·k - maximum in one place and not in another, and the backward pass multiplies in another
+    order. At a scale of e^22 that bit is worth 2^9, and 2^(2^9) is infinite. The largest
+    weight, and with it a sum of weights, may be below 1 for the same reason.
+    """
+    return jnp.exp2(jnp.minimum(logit - maximum, 0.0))
+
+
+def along(values: Array, axis: int) -> Array:
+    """Lay numbers [N] along one of the two axes of a tile, [N 1] or [1 N]."""
+    return jnp.expand_dims(values, 1 - axis)
+
+
 def tile(
     ref: Any,
     start: Any,

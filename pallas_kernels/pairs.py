@@ -8,6 +8,22 @@ import jax.numpy as jnp
 
 from pallas_kernels import _launch
 
+FAR = 2**30
+"""Further than any place, of which all are below; twice of it still fits int32."""
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand, when that is not simply their index in one row.
+
+    Integers; places are from 0 to 2^30 - 1.
+    """
+
+    query: Any  # [B T]
+    key: Any  # [B S]
+    query_segment: Any  # [B T]
+    key_segment: Any  # [B S]
+    """Document of each key; 0 is padding or an unused cache slot and is never visible."""
+
 
 class Decay(NamedTuple):
     """Cumulative log forget gates in two float32 words, the first multiples of a power of two."""

@@ -21,6 +21,7 @@ from jaxmem.ops import (
     attention_xla,
 )
 from jaxmem.ops.attention_terms import (
+    LOWEST_GATE,
     Dropout,
     Extras,
     Places,
@@ -47,7 +48,8 @@ from pallas_kernels import attention as kernels
 from pallas_kernels._compat import Precision
 from pallas_kernels._dropout import dropout_seed
 from pallas_kernels._interpret import interpreted
-from pallas_kernels.pairs import Decay, PairTiles
+from pallas_kernels._tiles import LOG2_E
+from pallas_kernels.pairs import FAR, Decay, PairTiles
 
 __all__ = ["Dropout", "Places", "attention", "attention_with_lse", "places_in_row"]
 
@@ -90,17 +92,21 @@ def attention(
       k: keys; may be wider than the values where a large scale would magnify their rounding. Query
         head h reads key/value head h // (H / G).
       v: values; their dtype is that of the result.
-      scale: factor of the logits, one number or one per head.
+      scale: factor of the logits, one number or one per head. What float32 rounds of q·k counts
+        `scale` times: weights and y have a relative error of about 6e-8 |scale q·k|, gradients of q
+        and k that times scale. From e^16 on the nearest of close keys is lost; all stays finite.
       lag: how many places a key must be behind the query; 0 includes the query's own place.
-      window: how many places back keys are visible, the query's own counted; None: all.
+      window: how many places back keys are visible, the query's own counted, any number; None:
+        all.
       segment_ids: document of each token of rows that attend to themselves; 0 is padding, which
         is not seen and counts neither in distances nor with its gates. What q, k, v and value_gate
         hold there must be finite.
       places: places and documents where queries and keys are not one row of tokens. Without them
         T = S; with every query placed after every key all keys are visible.
-      log_forget: log of the share of what came before that each key's token lets through, finite
-        and of any sign (above 0 older keys gain), per query head. With `places`, all stand in the
-        slot of their place.
+      log_forget: log of the share of what came before that each key's token lets through, of any
+        sign (above 0 older keys gain), per query head. Below -1024 it counts as -1024 and gets no
+        gradient; so -inf is the limit of low gates, and a query that sees only keys before one
+        still reads these. With `places`, all stand in the slot of their place.
       clamp: largest scale q·k, any finite number; what exceeds it counts as it, and passes no
         gradient. None: unbounded.
       value_gate: factor of the values that each query head reads, of any sign. The softmax does
@@ -223,7 +229,10 @@ def _attend(
     check_clamp("attention", clamp)
     _check_visibility(q, k, lag, window, segment_ids, places)
     check_precision(precision)
+    lag, window = _distances(lag, window, FAR if places is not None else q.shape[1])
     dropout = active_dropout("attention", dropout)
+    if log_forget is not None:
+        log_forget = jnp.maximum(log_forget, LOWEST_GATE)
     if segment_ids is not None:
         places = places_in_row(segment_ids)
         if log_forget is not None:
@@ -337,6 +346,12 @@ def _check_visibility(
         check_shape(op, f"places.{name}", getattr(places, name), expected, what)
 
 
+def _distances(lag: int, window: int | None, distances: int) -> tuple[int, int | None]:
+    """Return a rule that is the same for places fewer than `distances` apart, in small numbers."""
+    everything = window is None or window >= distances
+    return min(lag, distances), None if everything else int(window)
+
+
 def _pallas_unmet(
     q: Any, k: Any, v: Any, *, config: PairTiles | None = None, **_: Any
 ) -> str | None:
@@ -392,6 +407,7 @@ class _Residuals(NamedTuple):
     scale: Array
     extras: Extras
     read: Read
+    """Of a kernel, with the log-sum-exp in units of log 2."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -407,7 +423,9 @@ def _read_forward(
         read = attention_blocked.forward(static.rule, q, k, v, scale, extras)
     else:
         run = functools.partial(kernels.forward, **_launch(static, q, k, v))
-        read = Read(*first_order("attention", run)(q, k, v, scale, *_for_kernels(extras)))
+        y, lse = first_order("attention", run)(q, k, v, scale, *_for_kernels(extras))
+        # The kernels count in units of log 2, from one pass to the other too.
+        return Read(y, lse / LOG2_E), _Residuals(q, k, v, scale, extras, Read(y, lse))
     return read, _Residuals(q, k, v, scale, extras, read)
 
 
@@ -443,8 +461,8 @@ def _launch(static: _Static, q: Array, k: Array, v: Array) -> dict[str, Any]:
     return {**static.rule._asdict(), "config": config, "interpret": static.interpret}
 
 
-def _for_kernels(extras: Extras) -> tuple[kernels.Places | None, Decay | None, Any, Any]:
+def _for_kernels(extras: Extras) -> tuple[Places | None, Decay | None, Any, Any]:
     places = extras.places
     if places is not None:
-        places = kernels.Places(*(a.astype(jnp.int32) for a in places))
+        places = Places(*(a.astype(jnp.int32) for a in places))
     return places, extras.decay, extras.gate, extras.seed

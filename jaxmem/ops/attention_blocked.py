@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.ops.attention_terms import Extras, Places, Rule, kept
+from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, softmax_weights
 from jaxmem.ops.attention_xla import (
     Gradients,
     OfForget,
@@ -22,15 +22,13 @@ from jaxmem.ops.attention_xla import (
     with_scale,
 )
 from pallas_kernels._interpret import on_cpu
-from pallas_kernels.attention import Places as KernelPlaces
 from pallas_kernels.attention import needed_blocks
-from pallas_kernels.pairs import Decay
+from pallas_kernels.pairs import FAR, Decay
 
 CPU_BLOCKS = (64, 128)
 """Queries and keys of a tile on a CPU, in rows of up to 512 tokens and in longer ones."""
 GPU_BLOCK = 512
 """Queries and keys of a tile elsewhere."""
-_FAR = 2**30
 
 
 def block_of(length: int) -> int:
@@ -63,10 +61,9 @@ def forward(rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extr
             jnp.zeros((batch, rows.block_q, heads, v.shape[-1]), wide),
         )
         (top, total, acc), _ = lax.scan(visit, start, jnp.arange(rows.needed.shape[1]))
-        empty = total == 0.0
-        total = jnp.where(empty, 1.0, total)
+        total = jnp.where(total < 0.5, 1.0, total)
         y = (acc / per_query(total)).astype(v.dtype)
-        return Read(y, jnp.where(empty, -jnp.inf, top + jnp.log(total)))
+        return Read(y, top + jnp.log(total))
 
     y, lse = lax.map(one, jnp.arange(rows.needed.shape[0]))
     return Read(_joined(y, 1)[:, :length], _joined(lse, 2)[:, :, :length])
@@ -85,7 +82,7 @@ def _update(
     new_top = lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1)))
     base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     fade = jnp.exp(top - base)
-    weights = jnp.exp(logits - base[..., None])
+    weights = softmax_weights(logits, base[..., None])
     total = total * fade + jnp.sum(weights, axis=-1)
     if seed is not None:
         weights = weights * kept(rule, seed, tile.dropout_rows, tile.keys)
@@ -191,7 +188,7 @@ def _share_of(
     def some() -> TileGradients:
         tile, block = rows.tile(n, m), rows.block_q
         logits, over = logits_of(rule, tile, scale)
-        weights = jnp.exp(logits - _cut(found.lse, 2, n, block)[..., None])
+        weights = softmax_weights(logits, _cut(found.lse, 2, n, block)[..., None])
         of_tile = _cut(found.grad, 1, n, block), _cut(found.delta, 2, n, block)
         return tile_gradients(rule, tile, scale, seed, weights, over, *of_tile)
 
@@ -227,7 +224,7 @@ class _Rows(NamedTuple):
         if stand is None:
             index = jnp.arange(length)[None], jnp.arange(keys)[None]
             stand = Places(*index, *(jnp.ones_like(a) for a in index))
-        needed = needed_blocks(KernelPlaces(*stand), rule.lag, rule.window, block_q, block_k)
+        needed = needed_blocks(stand, rule.lag, rule.window, block_q, block_k)
         if places is not None:
             blocks = (block_q, block_k, block_q, block_k)
             places = Places(*(_padded(a, 1, b) for a, b in zip(places, blocks, strict=True)))
@@ -267,7 +264,7 @@ class _Rows(NamedTuple):
             decay,
             None if self.gate is None else of_k(self.gate, 2),
             # A padded query must see nothing: the sum of gates at it is not one.
-            jnp.where(queries < self.length, queries, -_FAR),
+            jnp.where(queries < self.length, queries, -FAR),
             keys,
             heads_of_rows * self.length + queries[:, None],
         )

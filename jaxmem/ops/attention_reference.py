@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.ops.attention_terms import Places, Rule, kept
+from jaxmem.ops.attention_terms import Places, Rule, kept, softmax_weights
 from jaxmem.ops.attention_xla import Read
 from jaxmem.ops.norms import at_least_float32
 
@@ -53,7 +53,7 @@ def read(
         logits = jnp.where(seen, logits, _FAR_BELOW)
         # A query that sees nothing gets equal weights here, and none after the second mask.
         lse = jax.nn.logsumexp(logits, axis=-1)
-        weights = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
+        weights = jnp.where(seen, softmax_weights(logits, lse[..., None]), 0.0)
         lse = jnp.where(jnp.any(seen, axis=-1), lse, -jnp.inf)
         if seed is not None:
             weights = weights * kept(rule, seed, first_row + t, jnp.arange(keys))

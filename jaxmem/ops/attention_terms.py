@@ -4,23 +4,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Int
+from jax import Array, lax
 
 from jaxmem.shapes import Key, SegmentIds
 from pallas_kernels import _dropout
 from pallas_kernels._compat import Precision
-from pallas_kernels.pairs import Decay
+from pallas_kernels.pairs import Decay, Places
 
+LOWEST_GATE = -(2.0**10)
+"""What log forget gates below it count as; e^-1024 is 0 in every dtype.
 
-class Places(NamedTuple):
-    """Where queries and keys stand, when that is not simply their index in one row."""
-
-    query: SegmentIds
-    key: Int[Array, "B S"]
-    query_segment: SegmentIds
-    key_segment: Int[Array, "B S"]
-    """Document of each key; 0 is padding or an unused cache slot and is never visible."""
+A power of two, so that two words of a sum hold it exactly beside the other gates (`cumulative`).
+No lower, because a query that sees nothing but keys before such a gate has logits of this size, and
+their weights the error of its last bit, 6e-5.
+"""
 
 
 def places_in_row(segment_ids: SegmentIds) -> Places:
@@ -84,7 +81,7 @@ def _cumulative_forward(log_forget: Array) -> tuple[tuple[Array, Array], None]:
 
 
 def _cumulative_backward(_: None, grads: tuple[Array, Array]) -> tuple[Array]:
-    return (jax.lax.cumsum(grads[0], axis=1, reverse=True),)
+    return (lax.cumsum(grads[0], axis=1, reverse=True),)
 
 
 _cumulative.defvjp(_cumulative_forward, _cumulative_backward)
@@ -105,6 +102,24 @@ def visible(rule: Rule, places: Places | None, queries: Array, keys: Array) -> A
 def _near_enough(rule: Rule, query: Array, key: Array) -> Array:
     seen = key + rule.lag <= query
     return seen if rule.window is None else seen & (query - key < rule.window)
+
+
+def softmax_weights(logits: Array, maximum: Array) -> Array:
+    """Return e^(logits - maximum), at most 1; `maximum` is the largest logit or the log-sum-exp.
+
+    Both may come from logits that were rounded otherwise, by a bit that a large scale makes large.
+    So the largest weight, and with it a sum of weights, may be below 1 too.
+    """
+    return jnp.exp(_at_most_zero(logits - maximum))
+
+
+@jax.custom_jvp
+def _at_most_zero(exponents: Array) -> Array:
+    return jnp.minimum(exponents, 0.0)
+
+
+# What exceeds 0 by rounding, and the largest logit itself, have a gradient like all others.
+_at_most_zero.defjvps(lambda tangent, _, exponents: tangent)
 
 
 def kept(rule: Rule, seed: Array, row: Array, keys: Array) -> Array:

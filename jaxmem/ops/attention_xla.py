@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, visible
+from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, softmax_weights, visible
 from pallas_kernels._interpret import on_cpu
 from pallas_kernels.pairs import Decay
 
@@ -221,11 +221,11 @@ def _at_once_forward(
     logits, over = logits_of(rule, tile, scale)
     top = jnp.max(logits, axis=-1, keepdims=True)
     # A row without visible keys has top = -inf; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
+    empty = top[..., 0] == -jnp.inf
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
-    weights = jnp.exp(logits - top)
+    weights = softmax_weights(logits, top)
     total = jnp.sum(weights, axis=-1)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
+    total = jnp.where(total < 0.5, 1.0, total)
     read = weights
     if extras.seed is not None:
         read = weights * kept(rule, extras.seed, tile.dropout_rows, tile.keys)

@@ -15,20 +15,8 @@ from jax import Array, lax
 from pallas_kernels import _dropout
 from pallas_kernels._compat import Precision, load, mm, pl
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E, vector
-from pallas_kernels.pairs import Decay
-
-_FAR = 2**30
-"""Further than any place; twice of it still fits int32."""
-
-
-class Places(NamedTuple):
-    """Where queries and keys stand and in which document, int32; document 0 is not there."""
-
-    query: Any  # [B T]
-    key: Any  # [B S]
-    query_segment: Any  # [B T]
-    key_segment: Any  # [B S]
+from pallas_kernels._tiles import LOG2_E, along, vector
+from pallas_kernels.pairs import FAR, Decay, Places
 
 
 class Bounds(NamedTuple):
@@ -171,9 +159,9 @@ def _block_ranges(place: Array, segment: Array, block: int) -> _BlockRanges:
     there = segment != 0
 
     def reduce(values: Array, sign: int) -> Array:
-        padded = jnp.where(there, sign * values, _FAR)
+        padded = jnp.where(there, sign * values, FAR)
         short = -padded.shape[1] % block
-        padded = jnp.pad(padded, ((0, 0), (0, short)), constant_values=_FAR)
+        padded = jnp.pad(padded, ((0, 0), (0, short)), constant_values=FAR)
         return sign * jnp.min(padded.reshape(padded.shape[0], -1, block), axis=2)
 
     return _BlockRanges(
@@ -245,26 +233,26 @@ def queries_of(call: Call, start: Any, places: Places | None, axis: int) -> Quer
     """Describe the queries from `start` on; `axis` is that of queries in the tile."""
     index = start + lax.iota(jnp.int32, call.block_q)
     if places is None:
-        reach = jnp.where(index < call.queries, index, -_FAR)
-        return Queries(_along(index, axis), _along(reach, axis), None)
+        reach = jnp.where(index < call.queries, index, -FAR)
+        return Queries(along(index, axis), along(reach, axis), None)
     place, segment = (
         vector(ref, start, call.block_q, call.queries)
         for ref in (places.query, places.query_segment)
     )
-    reach = jnp.where(segment == 0, -_FAR, place)
-    return Queries(_along(index, axis), _along(reach, axis), _along(segment, axis))
+    reach = jnp.where(segment == 0, -FAR, place)
+    return Queries(along(index, axis), along(reach, axis), along(segment, axis))
 
 
 def keys_of(call: Call, start: Any, places: Places | None, axis: int) -> Keys:
     """Describe the keys from `start` on; `axis` is that of keys in the tile."""
     index = start + lax.iota(jnp.int32, call.block_k)
     if places is None:
-        return Keys(_along(index, axis), _along(index + call.lag, axis), None)
+        return Keys(along(index, axis), along(index + call.lag, axis), None)
     place, segment = (
         vector(ref, start, call.block_k, call.keys) for ref in (places.key, places.key_segment)
     )
-    first = jnp.where(segment == 0, _FAR, place + call.lag)
-    return Keys(_along(index, axis), _along(first, axis), _along(segment, axis))
+    first = jnp.where(segment == 0, FAR, place + call.lag)
+    return Keys(along(index, axis), along(first, axis), along(segment, axis))
 
 
 def visible(call: Call, queries: Queries, keys: Keys) -> Array:
@@ -323,10 +311,10 @@ def decayed(
         return logit
 
     def of_queries(ref: Any) -> Array:
-        return _along(vector(ref, q_start, call.block_q, call.queries, lead=head), axis)
+        return along(vector(ref, q_start, call.block_q, call.queries, lead=head), axis)
 
     def of_keys(ref: Any) -> Array:
-        return _along(vector(ref, k_start, call.block_k, call.keys, lead=head), 1 - axis)
+        return along(vector(ref, k_start, call.block_k, call.keys, lead=head), 1 - axis)
 
     between = of_queries(decay.query) - of_keys(decay.key)
     between = between + (of_queries(decay.query_rest) - of_keys(decay.key_rest))
@@ -337,7 +325,7 @@ def gates_of(call: Call, gate: Any, start: Any, head: tuple, axis: int) -> Array
     """Return the gates of the values from `start` on, or None; `axis`: of keys in the tile."""
     if gate is None:
         return None
-    return _along(vector(gate, start, call.block_k, call.keys, lead=head), axis)
+    return along(vector(gate, start, call.block_k, call.keys, lead=head), axis)
 
 
 def kept(
@@ -357,7 +345,3 @@ def _given(bounds: Bounds, block: Array) -> Ranges:
 
 def _ceil(number: Array, block: int) -> Array:
     return (jnp.maximum(number, 0) + (block - 1)) // block
-
-
-def _along(values: Array, axis: int) -> Array:
-    return jnp.expand_dims(values, 1 - axis)

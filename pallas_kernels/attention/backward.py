@@ -17,13 +17,11 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E, inside, store_tile, tile, vector
+from pallas_kernels._tiles import inside, softmax_weights, store_tile, tile, vector
 from pallas_kernels.attention._tiles import (
     Bounds,
     Call,
-    Decay,
     Keys,
-    Places,
     Queries,
     block_bounds,
     by_group,
@@ -42,7 +40,7 @@ from pallas_kernels.attention._tiles import (
     visible,
     walk,
 )
-from pallas_kernels.pairs import PairTiles
+from pallas_kernels.pairs import Decay, PairTiles, Places
 
 
 def queries_gradient(
@@ -81,7 +79,7 @@ def queries_gradient(
       decay: cumulative log forget gates.
       gate: factors of the values [B H S], float32.
       seed: words of the dropout's seed.
-      lse: logarithms of the denominators [B H T], float32.
+      lse: logarithms to base 2 of the denominators [B H T], float32.
       grad: cotangent of y [B T H V], of the values' dtype.
       delta: Δ [B H T], float32.
       lag: a key is visible from this many places after it on.
@@ -209,26 +207,23 @@ class _Gradients(NamedTuple):
     """Shares in the gradient of the values' gates."""
 
 
-def _weights(logit: Array, over: Array | None, lse: Array) -> Array:
+def _weights(logit: Array, over: Array | None, seen: Array | None, lse: Array) -> Array:
     """Return the weights of a tile, with a minus sign where the clamp stops the gradient.
 
     A tile of truth values, kept until it is needed, spills registers (16 bits, width 128, H200).
     """
-    weights = jnp.exp2(logit - lse)
+    weights = softmax_weights(logit if seen is None else jnp.where(seen, logit, -jnp.inf), lse)
     return weights if over is None else jnp.where(over, -weights, weights)
 
 
 def _tile_gradients(
     call: Call,
     weights: Array,
-    seen: Array | None,
     grads: Array,
     factor: Array | None,
     gate: Array | None,
     delta: Array,
 ) -> _Gradients:
-    # A pair that is not visible may have any logit, whose exponential may be infinite.
-    weights = weights if seen is None else jnp.where(seen, weights, 0.0)
     signed = weights
     if call.clamp is not None:
         weights = jnp.abs(weights)
@@ -245,8 +240,8 @@ def _tile_gradients(
 
 
 def _finite(lse: Array) -> Array:
-    """Return the log-sum-exp in units of log 2, and 0 where nothing is visible."""
-    return jnp.where(lse == -jnp.inf, 0.0, lse) * LOG2_E
+    """Return the log-sum-exp, and 0 where nothing is visible."""
+    return jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
 def _queries_kernel(
@@ -286,10 +281,10 @@ def _queries_kernel(
         keys = keys_of(call, at, places, axis=1)
         logit, over = logits(call, q, k, scale)
         logit = decayed(call, decay, logit, (), start, at, axis=0)
+        seen = visible(call, queries, keys) if masked else None
         grads = _tile_gradients(
             call,
-            _weights(logit, over, lse[:, None]),
-            visible(call, queries, keys) if masked else None,
+            _weights(logit, over, seen, lse[:, None]),
             product(call, grad, v, tb=True),
             kept(call, seed_ref, row, head, queries, keys),
             gates_of(call, gate_ref, at, (), axis=1),
@@ -361,10 +356,10 @@ def _keys_kernel(
             queries = queries_of(call, at, places, axis=1)
             logit, over = logits(call, k, q, scale)
             logit = decayed(call, decay, logit, own_head, at, start, axis=1)
+            seen = visible(call, queries, keys) if masked else None
             grads = _tile_gradients(
                 call,
-                _weights(logit, over, lse[None, :]),
-                visible(call, queries, keys) if masked else None,
+                _weights(logit, over, seen, lse[None, :]),
                 product(call, v, grad, tb=True),
                 kept(call, seed_ref, row, head, queries, keys),
                 gate,

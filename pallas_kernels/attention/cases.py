@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
-from pallas_kernels.attention._tiles import Places
 from pallas_kernels.attention.backward import keys_gradient, queries_gradient
 from pallas_kernels.attention.forward import forward
-from pallas_kernels.pairs import Decay, PairTiles
+from pallas_kernels.pairs import Decay, PairTiles, Places
 
 KERNELS = {
     "attention_forward": forward,

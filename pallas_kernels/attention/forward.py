@@ -9,12 +9,10 @@ from jax import Array
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E, inside, store_tile, tile
+from pallas_kernels._tiles import inside, softmax_weights, store_tile, tile
 from pallas_kernels.attention._tiles import (
     Bounds,
     Call,
-    Decay,
-    Places,
     block_bounds,
     by_head,
     call_of,
@@ -30,7 +28,7 @@ from pallas_kernels.attention._tiles import (
     visible,
     walk,
 )
-from pallas_kernels.pairs import PairTiles
+from pallas_kernels.pairs import Decay, PairTiles, Places
 
 
 def forward(
@@ -78,8 +76,8 @@ def forward(
       interpret: evaluate with plain JAX instead of a GPU.
 
     Returns:
-      y [B T H V] in the dtype of the values, 0 where nothing is visible, and the logarithm of the
-      softmax's denominator [B H T], float32, -inf there.
+      y [B T H V] in the dtype of the values, 0 where nothing is visible, and the logarithm to base
+      2 of the softmax's denominator [B H T], float32, -inf there.
     """
     batch, queries, heads, _ = q.shape
     tiles = (config.block_q, config.block_k)
@@ -142,7 +140,7 @@ def _kernel(
         # Where nothing was visible so far, exp2(-inf - 0) is 0 and exp2(-inf + inf) would be NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         fade = jnp.exp2(top - base)
-        weights = jnp.exp2(logit - base[:, None])
+        weights = softmax_weights(logit, base[:, None])
         total = total * fade + jnp.sum(weights, axis=1)
         factor = kept(call, seed_ref, row, head, queries, keys)
         gate = gates_of(call, gate_ref, at, (), axis=1)
@@ -156,8 +154,7 @@ def _kernel(
         jnp.zeros((call.block_q, y_ref.shape[-1]), jnp.float32),
     )
     top, total, acc = walk(key_blocks(call, block, bounds), visit, carry)
-    empty = total == 0.0
-    safe = jnp.where(empty, 1.0, total)
+    safe = jnp.where(total < 0.5, 1.0, total)
     store_tile(y_ref, acc / safe[:, None], start, call.queries, call.value_width)
-    lse = jnp.where(empty, -jnp.inf, (top + jnp.log2(safe)) / LOG2_E)
+    lse = top + jnp.log2(safe)
     store(lse_ref.at[:], lse, inside(start, call.block_q, call.queries))

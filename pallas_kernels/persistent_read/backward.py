@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E, store_tile, tile, vector
+from pallas_kernels._tiles import softmax_weights, store_tile, tile, vector
 from pallas_kernels.persistent_read._tiles import (
     Call,
     kept,
@@ -50,7 +50,7 @@ def queries_gradient(
       values: stored values [R H P V].
       scale: factor of the logits [H], float32.
       seed: words of the dropout's seed [2], uint32.
-      lse: logarithms of the denominators [R H M], float32.
+      lse: logarithms to base 2 of the denominators [R H M], float32.
       grad: cotangent of each bank's read, one for all banks [M H V], of the values' dtype.
       delta: Δ [R H M], float32.
       rate: probability of dropping a weight.
@@ -121,16 +121,15 @@ def _queries_kernel(
     scale = scale_ref[0]
 
     def bank(r: Array, acc: Array) -> Array:
-        lse = vector(lse_ref, 0, block, left, lead=(r,)) * LOG2_E
+        lse = vector(lse_ref, 0, block, left, lead=(r,))
         delta = vector(delta_ref, 0, block, left, lead=(r,))
 
         def walk(n: Array, acc: Array) -> Array:
             pairs = n * step + lax.iota(jnp.int32, step)
             keys = tile(keys_ref, n * step, step, call.pairs, call.width, lead=(r,))
             values = tile(values_ref, n * step, step, call.pairs, call.value_width, lead=(r,))
-            weights = jnp.exp2(logits(q, keys, scale, call) - lse[:, None])
-            # A pair that is not there has logit 0, whose weight may overflow.
-            weights = jnp.where((pairs < call.pairs)[None, :], weights, 0.0)
+            logit = jnp.where((pairs < call.pairs)[None, :], logits(q, keys, scale, call), -jnp.inf)
+            weights = softmax_weights(logit, lse[:, None])
             grads = product(grad, values, call, tb=True)
             factor = kept(seed_ref, r * call.heads + head, rows[:, None], pairs[None, :], call)
             if factor is not None:
@@ -240,9 +239,10 @@ def _tables_kernel(
         rows = start + lax.iota(jnp.int32, step)
         q = tile(q_ref, start, step, call.rows, call.width)
         grad = tile(grad_ref, start, step, call.rows, call.value_width)
-        lse = vector(lse_ref, start, step, call.rows) * LOG2_E
+        lse = vector(lse_ref, start, step, call.rows)
         delta = vector(delta_ref, start, step, call.rows)
-        weights = jnp.exp2(logits(keys, q, scale, call) - lse[None, :])
+        logit = jnp.where((pairs < call.pairs)[:, None], logits(keys, q, scale, call), -jnp.inf)
+        weights = softmax_weights(logit, lse[None, :])
         grads = product(values, grad, call, tb=True)
         factor = kept(seed_ref, table, rows[None, :], pairs[:, None], call)
         read = weights

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, pl, store
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E, store_tile, tile
+from pallas_kernels._tiles import softmax_weights, store_tile, tile
 from pallas_kernels.persistent_read._tiles import (
     Call,
     kept,
@@ -50,8 +50,8 @@ def forward(
       interpret: evaluate with plain JAX instead of a GPU.
 
     Returns:
-      Reads [R M H V], float32, and the logarithm of each softmax's denominator
-      [R H M], float32, by which the backward kernels know the weights.
+      Reads [R M H V], float32, and the logarithm to base 2 of each softmax's denominator [R H M],
+      float32, by which the backward kernels know the weights.
     """
     rows, heads, width = q.shape
     banks, _, pairs, value_width = values.shape
@@ -112,7 +112,7 @@ def _kernel(
         # Every step holds a pair, so the new maximum is finite.
         new_top = jnp.maximum(top, jnp.max(logit, axis=1))
         fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logit - new_top[:, None])
+        weights = softmax_weights(logit, new_top[:, None])
         total = total * fade + jnp.sum(weights, axis=1)
         factor = kept(seed_ref, table, rows[:, None], pairs[None, :], call)
         read = (weights if factor is None else weights * factor).astype(values.dtype)
@@ -124,5 +124,6 @@ def _kernel(
         jnp.zeros((block, wide_v), jnp.float32),
     )
     top, total, acc = lax.fori_loop(0, -(-call.pairs // step), walk, start)
+    total = jnp.where(total < 0.5, 1.0, total)
     store_tile(y_ref, acc / total[:, None], first, call.rows, call.value_width)
-    store(lse_ref.at[:], (top + jnp.log2(total)) / LOG2_E, rows < call.rows)
+    store(lse_ref.at[:], top + jnp.log2(total), rows < call.rows)

@@ -99,8 +99,12 @@ def direct(
     visible: np.ndarray,
     factor: np.ndarray | float = 1.0,
     clamp: float = np.inf,
+    of_lse: bool = True,
 ) -> tuple[Outputs, Inputs]:
-    """Return outputs, and gradients of Σ cos(n) y_n + Σ sin(n) lse_n over finite ones."""
+    """Return outputs, and gradients of Σ cos(n) y_n + Σ sin(n) lse_n over finite ones.
+
+    Without `of_lse` the second sum is left out.
+    """
     q, k, v, scale, gates, value_gate = (
         None if a is None else np.asarray(a, np.float64) for a in args
     )
@@ -124,6 +128,7 @@ def direct(
     lse = np.moveaxis(np.where(empty, -np.inf, (top + np.log(total))[..., 0]), 1, 2)
     grad = np.cos(np.arange(y.size)).reshape(y.shape)
     lse_grad = np.where(np.isfinite(lse), np.sin(np.arange(lse.size)).reshape(lse.shape), 0.0)
+    lse_grad = lse_grad * of_lse
     read_grad = np.einsum("bthv,bshv->bhts", grad, v) * factor
     weight_grad = read_grad * opened
     inner = np.sum(weights * weight_grad, -1) - np.moveaxis(lse_grad, 1, 2)
