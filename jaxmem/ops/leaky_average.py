@@ -36,6 +36,8 @@ from pallas_kernels._interpret import interpreted
 from pallas_kernels.leaky_average import Clock, LeakyAverageConfig
 
 Scaling = Literal["sum", "scaled", "normalised"]
+FASTEST = 1e4
+"""Rates from here on forget all in one step; their gradient is 0."""
 HeadSums = Float[Array, "B H K"]
 
 
@@ -90,7 +92,8 @@ def leaky_average(
 
     Args:
       x: inputs, any T >= 1.
-      rate: decay rate per token and head, >= 0 (see `decay_rate`).
+      rate: decay rate per token and head, >= 0 (see `decay_rate`); one from 1e4 to inf forgets all
+        in one step, with gradient 0.
       scaling: which of the three published forms to return.
       initial_state: sums carried over from earlier tokens; None is zero.
       segment_ids: document of each token; the sum starts anew with each document, and a padded
@@ -129,7 +132,8 @@ def leaky_average(
         "leaky_average", implementation, x, rate, interpret=interpret, config=config
     ).implementation
     wide = at_least_float32(x).dtype
-    rate = rate.astype(wide)
+    # exp(-FASTEST) is 0 in every dtype; a rate of inf would be multiplied by 0 steps, which is NaN.
+    rate = jnp.minimum(rate.astype(wide), FASTEST)
     batch, _, heads, width = x.shape
     if initial_state is None:
         initial_state = init_leaky_state(batch, heads, width, scaling=scaling, dtype=wide)

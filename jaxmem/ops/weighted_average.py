@@ -31,8 +31,12 @@ from pallas_kernels import gated_scan as kernels
 from pallas_kernels._interpret import on_cpu
 from pallas_kernels.gated_scan import GatedScanConfig
 
-EMPTY = -1e30
-"""Log of a total weight of nothing; finite, so that no difference of two is NaN."""
+EMPTY = -3e38
+"""Log of a total weight of nothing: finite, so that no difference is NaN, and below every other."""
+_PADDING = -3.3e38
+"""Log-weight of a padded token: nothing even beside a total of nothing."""
+LIMIT = 1e32
+"""Largest size of a log-weight or log-decay; what exceeds it, such as -inf, counts as this."""
 
 
 class WeightedState(NamedTuple):
@@ -76,7 +80,8 @@ def weighted_average(
 
     Args:
       values: v, any T >= 1; their dtype is that of y.
-      log_weight: k, one per head (W = 1) or per channel (W = V), of any size.
+      log_weight: k, one per head (W = 1) or per channel (W = V), of any size; one of -1e32
+        or less, such as -inf, weighs nothing beside any larger one.
       log_decay: w, usually <= 0, of a shape that broadcasts to that of the log-weights, such as
         [H 1] for a constant per head; w_t applies between steps t - 1 and t.
       bonus: u, added to the log-weight of a token in its own output only, of such a shape too.
@@ -109,12 +114,12 @@ def weighted_average(
     ).implementation
     dtype = at_least_float32(values).dtype
     v = values.astype(dtype)
-    k, w = (jnp.broadcast_to(a.astype(dtype), weights) for a in (log_weight, log_decay))
-    u = None if bonus is None else jnp.broadcast_to(bonus.astype(dtype), weights)
+    k, w, u = (_bounded(a, dtype, weights) for a in (log_weight, log_decay, bonus))
     if initial_state is None:
         batch, _, heads, width = values.shape
         initial_state = init_weighted_state(batch, heads, width, weights=weights[-1], dtype=dtype)
-    start = WeightedState(*(a.astype(dtype) for a in initial_state))
+    mean, log_total = (a.astype(dtype) for a in initial_state)
+    start = WeightedState(mean, jnp.maximum(log_total, EMPTY))
     clock = _Clock(None, None)
     if segment_ids is not None:
         rows = spans(segment_ids, initial_segment)
@@ -143,6 +148,13 @@ def _pallas_unmet(values: Any, *, config: GatedScanConfig | None) -> str | None:
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     flat = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
     return kernels.unmet(flat, flat, config=config)
+
+
+def _bounded(logs: Array | None, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
+    """Return logarithms that sums and differences of cannot be NaN."""
+    if logs is None:
+        return None
+    return jnp.broadcast_to(jnp.clip(logs.astype(dtype), -LIMIT, LIMIT), shape)
 
 
 declare(weighted_average, pallas=_pallas_unmet, xla=None, reference=None)
@@ -195,26 +207,26 @@ def _check_state(state: WeightedState, values: Array, weights: tuple[int, ...]) 
 def _reference(
     v: Array, k: Array, w: Array, u: Array | None, start: WeightedState, clock: _Clock
 ) -> tuple[Array, WeightedState]:
-    """Carry both sums, scaled by the largest weight so far: the definition, and the decode step."""
+    """Carry the mean and the total, one token at a time: the definition, and the decode step."""
 
-    def step(before: _Sums, at: _Inputs) -> tuple[_Sums, Array]:
+    def step(before: tuple[Array, _Log], at: _Inputs) -> tuple[tuple[Array, _Log], Array]:
+        mean, total = before
         if at.reset is not None:
-            # Sums with this top weigh nothing beside the token that comes now.
-            top = jnp.where(at.reset, EMPTY, before.top)
-            before = _Sums(before.total, before.weight, top)
-        after = _add(_Sums(before.total, before.weight, at.w + before.top), at.v, at.k)
-        read = after if at.u is None else _add(before, at.v, at.u + at.k)
-        y = read.total / read.weight
+            total = _restart(total, at.reset)
+        x = _log_odds(total, at.w, at.k)
+        after = jax.nn.sigmoid(x) * mean + jax.nn.sigmoid(-x) * at.v, _add(total, at.w, at.k)
+        y = after[0]
+        if at.u is not None:
+            x = _log_odds(total, -at.u, at.k)
+            y = jax.nn.sigmoid(x) * mean + jax.nn.sigmoid(-x) * at.v
         if at.valid is not None:
-            pairs = zip(after, before, strict=True)
-            after = _Sums(*(jnp.where(at.valid, new, old) for new, old in pairs))
+            after = jax.tree.map(lambda new, old: jnp.where(at.valid, new, old), after, before)
         return after, y
 
-    first = _Sums(start.mean, jnp.ones_like(start.log_total), start.log_total)
+    first = start.mean, _Log(start.log_total, jnp.zeros_like(start.log_total))
     streams = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), _Inputs(v, k, w, u, *clock))
-    last, y = lax.scan(step, first, streams)
-    state = WeightedState(last.total / last.weight, last.top + jnp.log(last.weight))
-    return jnp.moveaxis(y, 0, 1), state
+    (mean, total), y = lax.scan(step, first, streams)
+    return jnp.moveaxis(y, 0, 1), WeightedState(mean, total.anchor + total.rest)
 
 
 class _Inputs(NamedTuple):
@@ -228,18 +240,37 @@ class _Inputs(NamedTuple):
     reset: Array | None
 
 
-class _Sums(NamedTuple):
-    """Sums of weighted values and of weights, both divided by e^top, the largest weight so far."""
+class _Log(NamedTuple):
+    """Logarithm of a total weight, anchor + rest: a log-weight of a token, and what differs.
 
-    total: Array
-    weight: Array
-    top: Array
+    Only differences of log-weights meet the decays, so neither is lost in the other's rounding.
+    """
+
+    anchor: Array
+    rest: Array
 
 
-def _add(sums: _Sums, value: Array, log_weight: Array) -> _Sums:
-    top = jnp.maximum(sums.top, log_weight)
-    old, new = jnp.exp(sums.top - top), jnp.exp(log_weight - top)
-    return _Sums(old * sums.total + new * value, old * sums.weight + new, top)
+def _log_odds(total: _Log, w: Array, k: Array) -> Array:
+    """Return the log of a total's share, decayed by w, over the share of a weight e^k."""
+    return (w + total.rest) + (total.anchor - k)
+
+
+def _add(total: _Log, w: Array, k: Array) -> _Log:
+    return _join((w, total), (w, _Log(k, jnp.zeros_like(k))))[1]
+
+
+def _join(early: tuple[Array, _Log], late: tuple[Array, _Log]) -> tuple[Array, _Log]:
+    """Combine log-decays and totals of two spans of tokens; the anchor is that of the larger."""
+    (before, old), (w, new) = early, late
+    x = (w + old.rest - new.rest) + (old.anchor - new.anchor)
+    larger = x > 0
+    rest = jnp.where(larger, w + old.rest, new.rest)
+    rest += jax.nn.softplus(jnp.where(larger, -x, x))
+    return before + w, _Log(jnp.where(larger, old.anchor, new.anchor), rest)
+
+
+def _restart(total: _Log, reset: Array) -> _Log:
+    return _Log(jnp.where(reset, EMPTY, total.anchor), jnp.where(reset, 0.0, total.rest))
 
 
 def _convex(
@@ -257,11 +288,14 @@ def _convex(
     combination. Both shares come from x, so that a weight of e^-100 has a gradient of its own size
     rather than the rounding of a difference.
     """
-    totals = _log_totals(k, w, start.log_total, clock)
-    before = jnp.concatenate([start.log_total[:, None], totals[:, :-1]], axis=1)
+    first = _Log(start.log_total, jnp.zeros_like(start.log_total))
+    totals = _log_totals(k, w, first, clock)
+    before = jax.tree.map(
+        lambda old, all_: jnp.concatenate([old[:, None], all_[:, :-1]], axis=1), first, totals
+    )
     if clock.reset is not None:
-        before = jnp.where(clock.reset, EMPTY, before)
-    x = w + before - k
+        before = _restart(before, clock.reset)
+    x = _log_odds(before, w, k)
     log_old, new = jax.nn.log_sigmoid(x), jax.nn.sigmoid(-x)
     if clock.valid is not None:
         log_old, new = jnp.where(clock.valid, log_old, 0.0), jnp.where(clock.valid, new, 0.0)
@@ -272,39 +306,38 @@ def _convex(
         initial_state=start.mean.reshape(v.shape[0], -1),
     )
     means = means.reshape(v.shape)
-    state = WeightedState(means[:, -1], totals[:, -1])
+    state = WeightedState(means[:, -1], totals.anchor[:, -1] + totals.rest[:, -1])
     if u is None:
         return means, state
-    x = before - u - k
+    x = _log_odds(before, -u, k)
     old_means = jnp.concatenate([start.mean[:, None], means[:, :-1]], axis=1)
     return jax.nn.sigmoid(x) * old_means + jax.nn.sigmoid(-x) * v, state
 
 
-def _log_totals(k: Array, w: Array, start: Array, clock: _Clock) -> Array:
+def _log_totals(k: Array, w: Array, start: _Log, clock: _Clock) -> _Log:
     """Return log Q_t = log(e^{w_t} Q_{t-1} + e^{k_t}), standing still at padding."""
     if clock.valid is not None and clock.reset is not None:
         w = jnp.where(clock.valid, jnp.where(clock.reset, EMPTY, w), 0.0)
-        k = jnp.where(clock.valid, k, EMPTY)
+        k = jnp.where(clock.valid, k, _PADDING)
     run = _steps if on_cpu() else _tree
     return run(k, w, start)
 
 
-def _steps(k: Array, w: Array, start: Array) -> Array:
+def _steps(k: Array, w: Array, start: _Log) -> _Log:
     """Take a step per token: on a CPU a scan is a plain loop."""
 
-    def step(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        total = jnp.logaddexp(inputs[0] + total, inputs[1])
+    def step(total: _Log, inputs: tuple[Array, Array]) -> tuple[_Log, _Log]:
+        total = _add(total, *inputs)
         return total, total
 
     _, totals = lax.scan(step, start, (jnp.moveaxis(w, 1, 0), jnp.moveaxis(k, 1, 0)))
-    return jnp.moveaxis(totals, 0, 1)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), totals)
 
 
-def _tree(k: Array, w: Array, start: Array) -> Array:
+def _tree(k: Array, w: Array, start: _Log) -> _Log:
     """Combine spans of tokens in log T levels: on a GPU a step per token is a launch per token."""
-    first = jnp.logaddexp(w[:, :1] + start[:, None], k[:, :1])
-    return lax.associative_scan(_join, (w, jnp.concatenate([first, k[:, 1:]], axis=1)), axis=1)[1]
-
-
-def _join(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
-    return early[0] + late[0], jnp.logaddexp(early[1] + late[0], late[1])
+    first = _add(start, w[:, 0], k[:, 0])
+    zero = jnp.zeros_like(k[:, 1:])
+    pairs = zip(first, (k[:, 1:], zero), strict=True)
+    totals = _Log(*(jnp.concatenate([a[:, None], rest], axis=1) for a, rest in pairs))
+    return lax.associative_scan(_join, (w, totals), axis=1)[1]

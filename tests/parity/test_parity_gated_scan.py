@@ -166,6 +166,8 @@ def test_extreme_gates(form: dict[str, Any]):
     log_decay[0, :, 0] = 0.0
     log_decay[0, 3::4, 1] = -np.inf
     log_decay[1, 2::3, 1] = -1e4
+    log_decay[1, 3::3, 1] = -1e30
+    log_decay[1, 4::6, 1] = -3.4e38
     log_decay[1, :, 2] = -1e-8
     args = args._replace(log_decay=log_decay)
     result = run(args, form)

@@ -244,6 +244,51 @@ def test_extremes_are_finite(form: str):
     np.testing.assert_array_equal(state.log_total, np.float32(EMPTY))
 
 
+# Log-weights of the first three tokens and of the others, and log-decay; then ones that a direct
+# sum in float64 can tell apart, with the same shares.
+EXTREMES = [
+    ((-1e30, -1e30, -0.3), (0.0, 0.0, -0.3)),
+    ((1e30, 1e30, -0.3), (0.0, 0.0, -0.3)),
+    ((-np.inf, -np.inf, -0.3), (0.0, 0.0, -0.3)),
+    ((np.inf, np.inf, -0.3), (0.0, 0.0, -0.3)),
+    ((-1e30, 0.5, -0.3), (-200.0, 0.5, -0.3)),
+    ((-np.inf, 0.5, -0.3), (-200.0, 0.5, -0.3)),
+    ((1e30, 0.5, -0.3), (200.0, 0.5, -0.3)),
+    ((0.5, -1e30, -0.3), (0.5, -200.0, -0.3)),
+    ((0.5, 0.5, -1e30), (0.5, 0.5, -200.0)),
+    ((0.5, 0.5, -np.inf), (0.5, 0.5, -200.0)),
+    ((0.5, 0.5, 1e30), (0.5, 0.5, 200.0)),
+    ((-1e30, -1e30, -np.inf), (0.0, 0.0, -200.0)),
+]
+
+
+def test_log_weights_and_decays_of_any_size(form: str):
+    o = operands(7, weights=1, varying=True)
+
+    def of(cases: np.ndarray) -> dict[str, np.ndarray]:
+        first, rest, w = cases.T[..., None, None, None, None]
+        k = np.where(np.arange(7)[:, None, None] < 3, first, rest)
+        k = np.broadcast_to(k, (len(cases), *o["k"].shape)).astype(np.float32)
+        return {"k": k, "w": np.broadcast_to(w, k.shape).astype(np.float32)}
+
+    def every(run: Callable[..., Any], logs: Any, o: Operands) -> Any:
+        def alone(o: Operands, logs: Any) -> Any:
+            (_, y), grads = value_and_grads(lambda o, s: run(o, s)[0])(o | logs, None)
+            return y, grads[0]
+
+        return jax.jit(jax.vmap(alone, (None, 0)))(o, logs)
+
+    extreme, plain = (of(np.array(side)) for side in zip(*EXTREMES, strict=True))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (plain, o))
+        y, grads = jax.tree.map(np.asarray, every(direct, *wide))
+    # Beyond the largest size there is no slope.
+    grads = {n: np.where(np.isfinite(extreme.get(n, 0.0)), a, 0.0) for n, a in grads.items()}
+    found = every(op(form), extreme, o)
+    assert_close(found[0], y, FORWARD)
+    assert_close(found[1], grads, GRADIENT)
+
+
 def test_half_precision_is_computed_in_float32():
     o = {n: jnp.asarray(a, jnp.bfloat16) for n, a in operands(9, varying=True).items()}
     y, state = op("auto")(o, None)

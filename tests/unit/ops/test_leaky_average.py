@@ -37,6 +37,22 @@ def test_a_constant_is_its_own_normalised_average():
     np.testing.assert_allclose(y, x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scaling", ["sum", "scaled", "normalised"])
+def test_an_infinite_rate_forgets_all_in_one_step(scaling: str):
+    forms = [{"implementation": name} for name in ("reference", "xla", "pallas")]
+    forms.append({"implementation": "xla", "chunk_size": 2})
+
+    def loss(rate: jax.Array, options: dict) -> tuple[jax.Array, jax.Array]:
+        y, _ = leaky_average(X, rate, scaling=scaling, **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = jax.grad(loss, has_aux=True)
+    run = jax.jit(lambda rate: [grad(rate, form) for form in forms])
+    for slope, y in run(jnp.full(2, jnp.inf)):
+        np.testing.assert_allclose(y, X, rtol=1e-6)
+        np.testing.assert_array_equal(slope, 0.0)
+
+
 def test_no_initial_state_is_zero():
     rate = jnp.array([0.1, 2.0])
     fresh, _ = leaky_average(X, rate, implementation="reference")
