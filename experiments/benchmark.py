@@ -36,7 +36,11 @@ class BenchmarkOptions:
     peer_checkout: Path | None = None
     """With --peers: checkout of the 2Mamba authors' code, whose kernels are measured too."""
     compile_report: bool = False
-    """Compile every kernel and whole training steps for GPUs that need not be here."""
+    """Tell what the compiler said of every kernel, and compile whole training steps for a GPU that
+    need not be here."""
+    compile_lock: Literal["changed", "all"] | None = None
+    """Compile kernels (those of the kernel --op) for GPUs that need not be here, and write what the
+    compiler says beside the launch tables: those that changed, or all."""
     tune: bool = False
     """On a GPU: search launch configurations (of the kernel --op) and write its tables."""
     out: Path | None = None
@@ -47,7 +51,7 @@ def main(args: list[str]) -> int:
     """Measure, print the table, and write the JSON."""
     options = cli.parse(BenchmarkOptions, args, prog=PROG, description=BenchmarkOptions.__doc__)
     _check(options)
-    if options.compile_report:  # needs no device, and JAX would look for one
+    if options.compile_report or options.compile_lock:  # no device, and JAX would look for one
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxmem.reports.benchmark import result
 
@@ -61,12 +65,14 @@ def main(args: list[str]) -> int:
 def _check(options: BenchmarkOptions) -> None:
     from jaxmem.errors import ConfigError
 
-    suites = bool(options.suite) + options.compile_report + options.tune
-    if suites + bool(options.op and not options.tune) != 1:
+    kernels = bool(options.compile_lock) + options.tune
+    suites = bool(options.suite) + options.compile_report + kernels
+    if suites + bool(options.op and not kernels) != 1:
         raise ConfigError(
-            "Choose what to measure: one of --op NAME, --suite NAME, --compile-report and --tune."
+            "Choose what to measure: one of --op NAME, --suite NAME, --compile-report, "
+            "--compile-lock WHICH and --tune."
         )
-    if options.lengths and (options.op is None or options.tune):
+    if options.lengths and (options.op is None or kernels):
         raise ConfigError("--lengths is for --op NAME, which measures one op over lengths.")
     if options.peer_checkout is not None and not options.peers:
         raise ConfigError("--peer-checkout is for --peers, which measures other code beside ours.")
@@ -79,6 +85,10 @@ def _run(options: BenchmarkOptions) -> "Result":
         from jaxmem.reports.benchmark.compiled import compile_report
 
         return compile_report(_mosaics())
+    if options.compile_lock:
+        from jaxmem.reports.benchmark.compiled import renew_locks
+
+        return renew_locks(options.compile_lock, options.op)
     if options.tune:
         from jaxmem.reports.benchmark.tune import tune
 

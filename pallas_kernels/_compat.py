@@ -48,8 +48,29 @@ class Target(NamedTuple):
     """CUDA compute capability; None for a GPU that has none (ROCm)."""
 
 
+ANY_GPU = "NVIDIA A100 or later"
+"""Stand-in for what is lowered once for every GPU: a kernel that asks which one it is raises.
+
+JAX reads the beginning of the name, for what the oldest of them cannot do.
+"""
+
+
+class _AnyTarget(Target):
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise RuntimeError(
+            "A kernel asks for which GPU it is lowered, and is lowered once for all of them here. "
+            "Let its launch configuration tell it."
+        )
+
+    capability = kind  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+
+
 # Capabilities of the devices that may be stood in for; real ones report their own.
 _STAND_INS = {
+    ANY_GPU: _AnyTarget(ANY_GPU, (8, 0)),
     "NVIDIA A100": Target("NVIDIA A100", (8, 0)),
     "NVIDIA H100": Target("NVIDIA H100", (9, 0)),
     "NVIDIA H200": Target("NVIDIA H200", (9, 0)),
@@ -115,6 +136,38 @@ def lower_for_cuda(function: Callable, *operands: Any, kind: str = "NVIDIA H100"
     """Lower a function for CUDA on any machine; operands may be `jax.ShapeDtypeStruct`s."""
     with stand_in_gpu(kind):
         return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+KERNEL_CALL = "__gpu$xla.gpu.triton"
+"""Target of the custom calls that hold kernels."""
+
+
+def kernel_texts(lowered: Any) -> list[tuple[str, str]]:
+    """Return name and text of the Triton kernels that a lowered program calls, in order.
+
+    The text is all that the compiler is told of a kernel: grid, warps, stages and its code, without
+    the places in Python files that the code came from.
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.triton import dialect
+
+    found: list[tuple[str, str]] = []
+
+    def visit(op: Any) -> Any:
+        if op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value == (
+            KERNEL_CALL
+        ):
+            call = {a.name: a.attr for a in op.attributes["mhlo.backend_config"]}
+            with ir.Context() as context:
+                dialect.register_dialect(context)
+                code = ir.Module.parse(call.pop("ir").value_bytes).operation
+                text = code.get_asm(enable_debug_info=False)
+            head = ", ".join(f"{name} = {call[name]}" for name in sorted(call))
+            found.append((call["name"].value, f"{head}\n{text}"))
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    return found
 
 
 def launch(

@@ -1,13 +1,18 @@
 """Real compilation for a GPU that is not there: what fits, what spills, how much memory is used.
 
-The CUDA plugin of JAX compiles without a driver, a device or the CUDA toolkit; two wheels next to
-JAX are enough (extra `aot`). Set JAX_PLATFORMS=cpu, or JAX looks for a GPU first and logs at length
-that there is none.
+The CUDA plugin of JAX (extra `aot`) compiles without a driver or a device. `ptxas` and `nvlink` are
+those of the machine: XLA looks for them in the PATH, in /usr/local/cuda and in NVIDIA's wheels.
+Set JAX_PLATFORMS=cpu, or JAX looks for a GPU first and logs at length that there is none.
 """
 
+import contextlib
+import multiprocessing
+import os
 import re
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +95,29 @@ class KernelUse(NamedTuple):
     """Threads of one program."""
     shared_bytes: int
     """Shared memory of one program."""
+    registers: int
+    """Registers of one thread."""
+    spill_bytes: int
+    """Bytes of registers that the code stores to memory and loads again, of one thread."""
+    ptxas: str
+    """Version of the assembler."""
+
+    def numbers(self) -> dict[str, int]:
+        """Return what the compiler decides, by name."""
+        names = ("registers", "spill_bytes", "shared_bytes", "threads")
+        return {name: getattr(self, name) for name in names}
+
+
+def workers(count: int | None = None) -> ProcessPoolExecutor:
+    """Return processes in which `kernel_uses` works; None: one for each processor."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count or os.cpu_count(), spawn, initializer=_set_up)
+
+
+def _set_up() -> None:
+    """Have XLA log what `ptxas` says; read when the plugin is loaded, which this comes before."""
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "subprocess_compilation=3"}
+    jax.config.update("jax_default_matmul_precision", None)  # as the texts of lock files have it
 
 
 def compile_for(
@@ -128,24 +156,79 @@ def compile_for(
 
 
 def kernel_uses(kind: str, function: Callable, *operands: Any) -> list[KernelUse]:
-    """Compile a function and return what each of its kernels takes.
+    """Compile a function as users get it and return what each of its kernels takes.
+
+    Registers and spills stand only in the log of `ptxas`: call it in a process of `workers`.
 
     Raises:
-      as `compile_for`.
+      RuntimeError: the log does not tell of a kernel.
+      and as `compile_for`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        compile_for(kind, function, *operands, options={"xla_dump_to": folder})
+        options = {"xla_dump_to": folder, "xla_backend_optimization_level": 3}
+        with _stderr(Path(folder) / "log"):
+            compile_for(kind, function, *operands, options=options)
+        log = (Path(folder) / "log").read_text("utf-8", errors="replace")
         plans = [p.read_text("utf-8") for p in Path(folder).glob("*.thunk_sequence.txt")]
-    return [_use(*found) for plan in plans for found in _KERNEL.findall(plan)]
+    said = {name: numbers for name, *numbers in _SAID.findall(log)}
+    called = _CALLED.search(log)
+    found = [plan for text in plans for plan in _KERNEL.findall(text)]
+    silent = [name for name, *_ in found if name not in said]
+    if called is None or silent:
+        raise RuntimeError(
+            f"What ptxas says of {', '.join(silent)} is not in XLA's log. Call kernel_uses in a "
+            "process of _deviceless.workers(); if that was done, this JAX logs otherwise."
+        )
+    return [_use(plan, said[plan[0]], _version(called[1])) for plan in found]
 
 
 _KERNEL = re.compile(
     r"kCustomKernel.*?(\w+) grid: \[(.*?)\] threads: \[(\d+),.*?\]\s+shared_memory: (\d+) bytes"
 )
+_SAID = re.compile(
+    r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.DOTALL,
+)
+_CALLED = re.compile(r"\] (\S*ptxas) \S+ -o ")
 
 
-def _use(name: str, grid: str, threads: str, shared: str) -> KernelUse:
-    return KernelUse(name, tuple(int(n) for n in grid.split(",")), int(threads), int(shared))
+def _use(plan: tuple[str, ...], said: list[str], ptxas: str) -> KernelUse:
+    (name, grid, threads, shared), (stores, loads, registers) = plan, said
+    return KernelUse(
+        name,
+        tuple(int(n) for n in grid.split(",")),
+        int(threads),
+        int(shared),
+        int(registers),
+        int(stores) + int(loads),
+        ptxas,
+    )
+
+
+@contextlib.contextmanager
+def _stderr(path: Path) -> Iterator[None]:
+    """Write what goes to stderr, from outside of Python too, to a file."""
+    shown = os.dup(2)
+    try:
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+
+
+@cache
+def _version(ptxas: str) -> str:
+    said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", said)
+    return found[1] if found else said.strip()
+
+
+def describe(kind: str) -> str:
+    """Return all that the compiler is told of a GPU."""
+    return _target_config(_CHIPS[kind])
 
 
 @cache

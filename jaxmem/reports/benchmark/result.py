@@ -175,19 +175,18 @@ def _mosaics_row(cell: Result) -> list[str]:
 
 
 def _compiled(result: Result) -> str:
-    columns = ["device", "kernel", "dtype", "width", "config", "shared memory", "threads", "spills"]
+    columns = ["device", "kernel", "dtype", "width", "length", "rows", "registers", "spilled bytes"]
+    columns += ["shared memory", "threads"]
     rows = [
         [
             cell["device"],
-            cell["kernel"],
+            name,
             cell["dtype"],
-            str(cell["width"]),
-            " ".join(f"{k}={v}" for k, v in cell["config"].items()),
-            "" if cell["shared_bytes"] is None else f"{cell['shared_bytes']:,}",
-            "" if cell["threads"] is None else str(cell["threads"]),
-            cell["problem"] or "no",
+            *(str(cell[key]) for key in ("width", "length", "rows")),
+            *(f"{use[key]:,}" for key in ("registers", "spill_bytes", "shared_bytes", "threads")),
         ]
         for cell in result["cells"]
+        for name, use in cell["kernels"].items()
     ]
     parts = [markdown(columns, rows)]
     if result["steps"]:

@@ -1,4 +1,4 @@
-"""The gated-scan kernels lower for CUDA with every entry of their default table."""
+"""Which kernels a gated scan launches: with every entry of the default table, and under vmap."""
 
 import functools
 
@@ -9,23 +9,24 @@ import pytest
 from jaxmem.ops.gated_scan import gated_scan
 from pallas_kernels._compat import lower_for_cuda
 from pallas_kernels._launch import Entry, entries
+from pallas_kernels._lock import launches
 from pallas_kernels.gated_scan import NAME, GatedScanConfig, cases
 from pallas_kernels.gated_scan.launch import layout
-from tests.helpers.lowering import kernel_names, launches
+from tests.helpers.lowering import kernel_names, locked_names
 
 
 def label(entry: Entry) -> str:
     return f"{entry.dtype}-w{entry.width}-t{entry.length}-r{entry.rows}"
 
 
-@pytest.mark.parametrize("entry", launches(NAME), ids=label)
-def test_every_entry_lowers(entry: Entry):
-    for case in cases(entry):
+@pytest.mark.parametrize("entry", launches(NAME, "default"), ids=label)
+def test_the_kernels_of_every_entry(entry: Entry):
+    for case, (name, kernels) in zip(cases(entry), locked_names(NAME, entry), strict=True):
         x = case.operands[0]
         splits = layout(GatedScanConfig(**entry.config), x.shape).splits
         first = case.name.replace("forward", "ends").replace("backward", "handed")
         wanted = [first, case.name] if splits > 1 else [case.name]
-        assert kernel_names(lower_for_cuda(case.function, *case.operands)) == wanted
+        assert (name, kernels) == (case.name, wanted)
 
 
 def test_any_number_of_rows_lowers():

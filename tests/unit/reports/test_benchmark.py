@@ -26,9 +26,8 @@ from jaxmem.reports.benchmark import (
     tune,
 )
 from jaxmem.reports.benchmark.work import Ceilings, floor_ms
-from pallas_kernels import _deviceless
+from pallas_kernels import _deviceless, _lock
 from pallas_kernels._compat import stand_in_gpu
-from pallas_kernels._deviceless import KernelUse
 from pallas_kernels._launch import Entry, entries
 
 H200 = Ceilings(copy=4.3e12, matmul=790e12)
@@ -264,7 +263,7 @@ def test_the_verb_writes_what_it_prints(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "one of --op NAME, --suite NAME, --compile-report and --tune"),
+        ((), "--suite NAME, --compile-report, --compile-lock WHICH and --tune"),
         (("--op", "attention", "--suite", "kernels"), "one of --op NAME"),
         (("--suite", "kernels", "--lengths", "8"), "--lengths is for --op NAME"),
         (("--op", "atention"), "Did you mean attention"),
@@ -273,6 +272,8 @@ def test_the_verb_writes_what_it_prints(capsys, tmp_path, monkeypatch):
         (("--op", "attention", "--peer-checkout", "x"), "--peer-checkout is for --peers"),
         (("--tune",), "--tune measures kernels on a GPU; this is cpu"),
         (("--tune", "--op", "atention"), "Did you mean attention"),
+        (("--compile-lock", "changed", "--tune"), "Choose what to measure"),
+        (("--compile-lock", "all", "--lengths", "8"), "--lengths is for --op NAME"),
     ],
 )
 def test_mistakes_of_the_user(capsys, args: tuple[str, ...], message: str):
@@ -281,32 +282,59 @@ def test_mistakes_of_the_user(capsys, args: tuple[str, ...], message: str):
     assert message in err
 
 
-def test_compile_report_without_the_compiler(capsys, monkeypatch):
+@pytest.mark.parametrize("flags", [("--compile-report",), ("--compile-lock", "changed")])
+def test_without_the_compiler_nothing_is_compiled(capsys, monkeypatch, flags: tuple[str, ...]):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(_deviceless, "missing", lambda: "nothing is installed")
-    code, _, err = run_verb(capsys, "--compile-report")
+    code, _, err = run_verb(capsys, *flags)
     assert code == 2
     assert "by a plugin. nothing is installed." in err
 
 
-def test_compile_report_tells_the_worst_of_an_entry(monkeypatch: pytest.MonkeyPatch):
-    entry = entries("persistent_read")[0]
-    first, second = [KernelUse("a", (1,), 128, 1000)], [KernelUse("b", (1,), 256, 3000)]
-    uses = iter([first, second, *[[]] * 4])
-    monkeypatch.setattr(_deviceless, "kernel_uses", lambda *_: next(uses))
+@pytest.fixture
+def one_locked_kernel(monkeypatch: pytest.MonkeyPatch):
+    """A compiler that is there, one table, and a row that is new in it."""
+    use = {"registers": 90, "spill_bytes": 1200, "shared_bytes": 3000, "threads": 256}
+    row = _lock.Row("NVIDIA A100", "float32", 64, 2048, 8, "case", "0", "13.0.88", {"forward": use})
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(_deviceless, "missing", lambda: None)
+    monkeypatch.setattr(_lock, "tables", lambda: [("attention", "default")])
+    monkeypatch.setattr(_lock, "read", lambda *_: _lock.Lock({}, {row.key: row}))
+    return row
 
-    def compile_for(kind: str, function: Any, *operands: Any, spills: bool) -> None:
-        assert (kind, spills) == ("NVIDIA H100", False)
-        if function.func.__name__ == "tables_gradient":
-            raise jax.errors.JaxRuntimeError("CANCELLED: discarded due to register spilling")
 
-    monkeypatch.setattr(_deviceless, "compile_for", compile_for)
-    cell = compiled.compile_entry("persistent_read", entry, "NVIDIA H100")
-    assert (cell["shared_bytes"], cell["threads"]) == (3000, 256)
-    name, why = "persistent_read_tables_gradient", "spills registers"
-    assert cell["problem"] == f"{name}: {why}; {name}_banks: {why}"
-    report = result.environment() | {"kind": "compile_report", "cells": [cell], "steps": []}
-    assert f"| 3,000 | 256 | {cell['problem']} |" in result.table(report)
+LINE = "| NVIDIA A100 | forward | float32 | 64 | 2048 | 8 | 90 | 1,200 | 3,000 | 256 |"
+
+
+def test_compile_report_tells_what_the_lock_files_say(
+    capsys, monkeypatch: pytest.MonkeyPatch, one_locked_kernel: _lock.Row
+):
+    monkeypatch.setattr(compiled, "predict", lambda _: ([], ""))
+    code, out, _ = run_verb(capsys, "--compile-report")
+    assert code == 0
+    assert LINE in out.splitlines()
+
+
+def test_compile_lock_tells_new_rows_and_what_does_not_compile(
+    capsys, monkeypatch: pytest.MonkeyPatch, one_locked_kernel: _lock.Row
+):
+    found: list[Any] = [one_locked_kernel]
+    asked = []
+
+    def renew(kernel: str, folder: str, submit: Any, which: str) -> list[Any]:
+        asked.append((kernel, folder, which))
+        return found
+
+    monkeypatch.setattr(compiled, "renew", renew)
+    code, out, _ = run_verb(capsys, "--compile-lock", "all")
+    assert (code, asked) == (0, [("attention", "default", "all")])
+    assert LINE in out.splitlines()
+    run_verb(capsys, "--compile-lock", "changed", "--op", "gated_scan")
+    assert len(asked) == 1
+    found.append("attention, case: Shared memory size limit exceeded")
+    code, out, err = run_verb(capsys, "--compile-lock", "changed", "--op", "attention")
+    assert (code, out) == (2, "")
+    assert found[1] in err
 
 
 MODELS = {name: configs.load(name).model for name in mosaics.PRESETS}
