@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from jaxmem.ops.dispatch import explain, use_implementation
     from jaxmem.ops.gated_scan import gated_scan
     from jaxmem.ops.leaky_average import LeakyState, leaky_average
-    from jaxmem.ops.linear_attention import LinearRead, LinearState, linear_attention
+    from jaxmem.ops.linear_attention import LinearOutput, LinearState, linear_attention
     from jaxmem.ops.persistent_read import persistent_read
-    from jaxmem.ops.polynomial_attention import polynomial_attention
+    from jaxmem.ops.polynomial_attention import PolynomialOutput, polynomial_attention
     from jaxmem.ops.rope import rope
-    from jaxmem.ops.squared_attention import squared_attention
+    from jaxmem.ops.squared_attention import SquaredOutput, squared_attention
     from jaxmem.ops.weighted_average import WeightedState, weighted_average
 
 __version__ = "0.1.0"
@@ -25,9 +25,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Dropout": "jaxmem.ops.attention",
     "LeakyState": "jaxmem.ops.leaky_average",
-    "LinearRead": "jaxmem.ops.linear_attention",
+    "LinearOutput": "jaxmem.ops.linear_attention",
     "LinearState": "jaxmem.ops.linear_attention",
     "Places": "jaxmem.ops.attention",
+    "PolynomialOutput": "jaxmem.ops.polynomial_attention",
+    "SquaredOutput": "jaxmem.ops.squared_attention",
     "WeightedState": "jaxmem.ops.weighted_average",
     "attention": "jaxmem.ops.attention",
     "attention_with_lse": "jaxmem.ops.attention",
@@ -46,9 +48,11 @@ _HOMES = {
 __all__ = [
     "Dropout",
     "LeakyState",
-    "LinearRead",
+    "LinearOutput",
     "LinearState",
     "Places",
+    "PolynomialOutput",
+    "SquaredOutput",
     "WeightedState",
     "attention",
     "attention_with_lse",

@@ -160,6 +160,7 @@ class Mamba2(Mixer):
             q[:, :, None],
             k[:, :, None],
             values * dt[..., None].astype(v.dtype),
+            scale=1.0,
             log_decay=-jnp.exp(self.log_rate[...]) * dt,
             initial_state=None if state is None else state.sums,
             implementation=implementation,

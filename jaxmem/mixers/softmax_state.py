@@ -6,7 +6,6 @@ Reference: upstream `softmax_seq` and `softmax_seq2` of 2Mamba2Furious (arXiv 25
 """
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -120,7 +119,6 @@ class SoftmaxState(Mixer):
                 q,
                 k,
                 v,
-                scale=1.0 / math.sqrt(q.shape[-1]),
                 initial_state=start,
                 segment_ids=row.ids,
                 initial_segment=row.before,

@@ -41,7 +41,7 @@ from jaxmem.nn.short_conv import ShortConv
 from jaxmem.nn.window import History, delays
 from jaxmem.ops.attention import Places, attention, attention_with_lse
 from jaxmem.ops.decay import bounded_decay
-from jaxmem.ops.dispatch import Implementation
+from jaxmem.ops.dispatch import KERNELS, Implementation
 from jaxmem.ops.gated_scan import gated_scan
 from jaxmem.ops.linear_attention import LinearState, init_linear_state, linear_attention
 from jaxmem.ops.norms import EPS_FLOAT32, at_least_float32
@@ -495,7 +495,7 @@ class TwoMamba(Mixer):
         k, log_decay = heads.k, heads.log_decay
         if log_decay is not None and self._bounds_growth():
             k, log_decay, state = self._bounded(k, log_decay, row, state)
-        op = linear_attention if config.kernel == "pow1" else squared_attention
+        op: Any = linear_attention if config.kernel == "pow1" else squared_attention
         read = op(
             heads.q,
             k,
@@ -506,7 +506,7 @@ class TwoMamba(Mixer):
             initial_state=None if state is None else state.sums,
             segment_ids=row.ids,
             initial_segment=row.before,
-            implementation=implementation,
+            implementation=_with_state(implementation, config.kernel, state),
         )
         state = state if state is None else state._replace(sums=read.state)
         return self._divided(read.y, read.total, denominator), state
@@ -567,6 +567,15 @@ class TwoMamba(Mixer):
         if self.out_gate is None or self.config.denominator == "gate_sum":
             return None
         return at_least_float32(self.out_gate(x))
+
+
+def _with_state(
+    implementation: Implementation, kernel: Kernel, state: TwoMambaState | None
+) -> Implementation:
+    """Return what to ask an op for: the kernel over pairs reads whole rows, and cannot decode."""
+    if kernel == "pow2" and state is not None and implementation in KERNELS:
+        return "xla"
+    return implementation
 
 
 def _has_head_gate(config: TwoMambaConfig) -> bool:

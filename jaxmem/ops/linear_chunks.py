@@ -6,7 +6,7 @@ weights inside the chunk and the products of two channels as features between ch
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jax import Array, lax
 
 from jaxmem.ops.attention_terms import cumulative
 from jaxmem.ops.linear_reference import Features
-from jaxmem.ops.linear_terms import LinearState, Operands
-from pallas_kernels._compat import Precision
+from jaxmem.ops.linear_terms import LinearState, Operands, default_chunk
+from pallas_kernels._compat import Precision, vary_like
 
 
 class Walk(NamedTuple):
@@ -26,7 +26,8 @@ class Walk(NamedTuple):
     features: Features
     """φ with φ(q)·φ(k) = (q·k)^power."""
     scale: float
-    chunk_size: int
+    chunk_size: int | None
+    """None: the one of the platform."""
     precision: Precision | None
 
 
@@ -46,7 +47,7 @@ class _Chunk(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What one chunk hands to the next."""
+    """What goes from one chunk to the next."""
 
     memory: Array
     """[B H F V]"""
@@ -56,13 +57,20 @@ class _Carry(NamedTuple):
     """Document of the last token [B]."""
 
 
-def run(
-    operands: Operands, start: LinearState, walk: Walk
-) -> tuple[Array, Array | None, LinearState]:
-    """Walk over the chunks; see `linear_attention` and `squared_attention` for the formulas."""
+def run(operands: Operands, walk: Walk) -> tuple[Array, Array | None, LinearState]:
+    """Walk over the chunks; see `linear_attention` and `squared_attention` for the formulas.
+
+    The operands have a state; the number of tokens may be symbolic.
+    """
     length = operands.q.shape[1]
-    chunks = _cut(operands, min(walk.chunk_size, length))
-    carry = _Carry(*start, jnp.zeros((operands.q.shape[0],), jnp.int32))
+    size = walk.chunk_size or default_chunk()
+    if isinstance(length, int):
+        size = max(1, min(size, length))
+    chunks = _cut(operands, size)
+    start: Any = operands.state
+    document = jnp.zeros((operands.q.shape[0],), jnp.int32)
+    carry = _Carry(start.memory, start.total, document)
+    carry, chunks = jax.tree.map(lambda a: vary_like(a, operands), (carry, chunks))
     body = jax.checkpoint(functools.partial(_chunk, walk))
     carry, (y, total) = lax.scan(body, carry, chunks)
     total = None if total is None else _joined(total)[:, :length]
@@ -72,21 +80,24 @@ def run(
 def _joined(chunks: Array) -> Array:
     """Merge [N B H C ...] into [B T H ...]."""
     tokens = jnp.moveaxis(chunks, (0, 3), (1, 2))
-    return tokens.reshape(tokens.shape[0], -1, *tokens.shape[3:])
+    batch, count, size, *rest = tokens.shape
+    return tokens.reshape(batch, count * size, *rest)
 
 
 def _cut(operands: Operands, size: int) -> _Chunk:
     """Cut rows into chunks along a new first axis, the ragged last one filled with padding."""
-    fill = -operands.q.shape[1] % size
+    batch, length = operands.q.shape[:2]
+    count = -(-length // size)
+    fill = count * size - length
 
     def chunks(a: Array) -> Array:  # [B T H ...] to [N B H C ...]
         a = jnp.pad(a.astype(operands.wide), ((0, 0), (0, fill), *((0, 0),) * (a.ndim - 2)))
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), (1, 3), (0, 2))
+        return jnp.moveaxis(a.reshape(batch, count, size, *a.shape[2:]), (1, 3), (0, 2))
 
     document = operands.document
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, fill)), mode="edge")
-        document = jnp.moveaxis(document.reshape(document.shape[0], -1, size), 1, 0)
+        document = jnp.moveaxis(document.reshape(batch, count, size), 1, 0)
     passed = None
     if operands.log_decay is not None:
         passed = _sums(chunks(operands.log_decay))
@@ -97,35 +108,35 @@ def _sums(gates: Array) -> tuple[Array, Array]:
     """Sum gates [N B H C] over each chunk, so that a strong one leaves weak ones their digits."""
     words = jax.vmap(cumulative)(jnp.moveaxis(gates, -1, 2))  # over [B C H]
     coarse, rest = (jnp.moveaxis(word, 2, -1) for word in words)
-    # The gradient of both is that of their sum, and the first one carries it.
+    # The derivative of both is that of their sum, and the first one carries it.
     return coarse, lax.stop_gradient(rest)
 
 
 def _chunk(walk: Walk, carry: _Carry, chunk: _Chunk) -> tuple[_Carry, tuple[Array, Array | None]]:
     """Read and write one chunk."""
     product = functools.partial(jnp.einsum, precision=walk.precision)
-    share = chunk.v.shape[1] // chunk.q.shape[1]
+    heads_per_group = chunk.v.shape[1] // chunk.q.shape[1]
 
     # A product with an axis of heads on one side only takes half again as long on a CPU.
     def per_head(a: Array) -> Array:  # [B G ...] to [B H ...]
-        return jnp.repeat(a, share, axis=1)
+        return jnp.repeat(a, heads_per_group, axis=1)
 
-    asked = walk.scale * chunk.q
-    weights = per_head(product("bgik,bgjk->bgij", asked, chunk.k) ** walk.power) * _within(chunk)
-    asked, written = per_head(walk.features(asked)), per_head(walk.features(chunk.k))
-    since, until, kept = _across(chunk, carry.document)
+    q = walk.scale * chunk.q
+    weights = per_head(product("bgik,bgjk->bgij", q, chunk.k) ** walk.power) * _within(chunk)
+    phi_q, phi_k = per_head(walk.features(q)), per_head(walk.features(chunk.k))
+    since, until, state_decay = _across(chunk, carry.document)
     y = product("bhij,bhjv->bhiv", weights, chunk.v)
-    y = y + since[..., None] * product("bhif,bhfv->bhiv", asked, carry.memory)
+    y = y + since[..., None] * product("bhif,bhfv->bhiv", phi_q, carry.memory)
     values = chunk.v * until[..., None]
-    memory = kept[..., None, None] * carry.memory
-    memory = memory + product("bhjf,bhjv->bhfv", written, values)
+    memory = state_decay[..., None, None] * carry.memory
+    memory = memory + product("bhjf,bhjv->bhfv", phi_k, values)
     total = weight = None
     if carry.total is not None:
         weight = jnp.sum(weights, axis=-1)
-        weight = weight + since * product("bhif,bhf->bhi", asked, carry.total)
-        total = kept[..., None] * carry.total
+        weight = weight + since * product("bhif,bhf->bhi", phi_q, carry.total)
+        total = state_decay[..., None] * carry.total
         until = jnp.broadcast_to(until, chunk.v.shape[:3])
-        total = total + product("bhjf,bhj->bhf", written, until)
+        total = total + product("bhjf,bhj->bhf", phi_k, until)
     last = carry.document if chunk.document is None else chunk.document[:, -1]
     return _Carry(memory, total, last), (y, weight)
 

@@ -8,18 +8,23 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxmem.errors import ConfigError, ShapeError
-from jaxmem.ops.checks import (
-    check_axes,
-    check_documents,
-    check_floating,
-    check_precision,
-    check_shape,
-)
+from jaxmem.ops.checks import check_axes, check_documents, check_floating, check_shape
+from jaxmem.ops.dispatch import Slower
 from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.segments import spans
+from jaxmem.shapes import HeadScalars
+from pallas_kernels._interpret import on_cpu
 
-CHUNK = 32
-"""Tokens per chunk unless the caller says otherwise; measured best on a CPU at widths to 64."""
+CPU_CHUNK = 32
+"""Tokens per chunk on a CPU, where it was measured best at widths to 64."""
+GPU_CHUNK = 128
+"""Tokens per chunk on a GPU, whose products need larger operands; not measured on a device yet."""
+FEW_TOKENS = 16
+"""Most tokens of a call that counts as decoding; kernels are made for rows of many."""
+
+GroupRows = Float[Array, "B T G K"]
+HeadRows = Float[Array, "B T H V"]
+LogDecay = Float[Array, "B T H"] | HeadScalars
 
 
 class LinearState(NamedTuple):
@@ -31,15 +36,26 @@ class LinearState(NamedTuple):
     """The same sum without the values; None where totals are not asked for."""
 
 
-class LinearRead(NamedTuple):
-    """What linear and squared attention return."""
+class LinearOutput(NamedTuple):
+    """What `linear_attention` returns."""
+
+    y: Float[Array, "B T H V"]
+    """Weighted sums of values in their dtype, but float32 for float16, whose range they leave."""
+    total: Float[Array, "B T H"] | None
+    """Sums of the weights in float32 or wider; None unless asked for."""
+    state: LinearState
+    """The state after the last token."""
+
+
+class SquaredOutput(NamedTuple):
+    """What `squared_attention` returns."""
 
     y: Float[Array, "B T H V"]
     """Weighted sums of values in their dtype, but float32 for float16, whose range they leave."""
     total: Float[Array, "B T H"] | None
     """Sums of the weights in float32 or wider; None unless asked for."""
     state: LinearState | None
-    """The state after the last token; None unless one came in."""
+    """The state after the last token; None unless one came in: all pairs of tokens have none."""
 
 
 class Operands(NamedTuple):
@@ -63,6 +79,11 @@ class Operands(NamedTuple):
         """The dtype of sums: float32 or wider."""
         return at_least_float32(self.q).dtype
 
+    @property
+    def heads_per_group(self) -> int:
+        """Heads that share queries and keys."""
+        return self.v.shape[2] // self.q.shape[2]
+
 
 def init_linear_state(
     batch: int, heads: int, features: int, width: int, *, with_total: bool, dtype: Any = None
@@ -73,27 +94,30 @@ def init_linear_state(
     return LinearState(jnp.zeros((batch, heads, features, width), wide), total)
 
 
-def prepared(
+def with_start(operands: Operands, features: int, *, with_total: bool) -> Operands:
+    """Return the operands with a state, that before any token if there is none."""
+    if operands.state is not None:
+        return operands
+    batch, _, heads, width = operands.v.shape
+    options = {"with_total": with_total, "dtype": operands.wide}
+    return operands._replace(state=init_linear_state(batch, heads, features, width, **options))
+
+
+def validate_operands(
     op: str,
     q: Array,
     k: Array,
     v: Array,
     *,
     features: int,
-    scale: float,
     log_decay: Array | None,
     with_total: bool,
     initial_state: LinearState | None,
     segment_ids: Array | None,
     initial_segment: Array | None,
-    chunk_size: int | None,
-    precision: Any,
 ) -> Operands:
     """Check a call and bring its operands into the form that all implementations take."""
-    check_floating(op, q=q, k=k, v=v, log_decay=log_decay)
-    _check_heads(op, q, k, v)
-    _check_numbers(op, scale, chunk_size)
-    check_precision(precision)
+    _check_rows(op, q, k, v, log_decay)
     check_documents(op, q.shape[:2], segment_ids, initial_segment)
     _check_state(op, initial_state, (v.shape[0], v.shape[2], features, v.shape[3]), with_total)
     dtype = jnp.promote_types(q.dtype, k.dtype)
@@ -104,7 +128,8 @@ def prepared(
         total = initial_state.total
         memory = initial_state.memory.astype(wide)
         initial_state = LinearState(memory, None if total is None else total.astype(wide))
-    if segment_ids is None:
+    # Without a token there are no documents, and `spans` needs a first one.
+    if segment_ids is None or _is_zero(q.shape[1]):
         return Operands(q, k, v, log_decay, None, initial_state)
     rows = spans(segment_ids, initial_segment)
     real = rows.valid[..., None]
@@ -116,12 +141,46 @@ def prepared(
     return Operands(q, k, v, log_decay, document, initial_state)
 
 
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """Check the number of tokens per chunk; None is the default.
+
+    Raises:
+      ConfigError: it is not positive.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigError(
+            f"{op}: chunk_size={chunk_size} is not positive. Use {CPU_CHUNK}, or None."
+        )
+
+
+def default_chunk() -> int:
+    """Return the tokens per chunk where the caller does not say."""
+    return CPU_CHUNK if on_cpu() else GPU_CHUNK
+
+
 def read_dtype(v: Array) -> Any:
     """Return the dtype of weighted sums of values."""
     return jnp.dtype(jnp.float32) if v.dtype == jnp.float16 else v.dtype
 
 
-def _check_heads(op: str, q: Array, k: Array, v: Array) -> None:
+def is_empty(rows: Array) -> bool:
+    """Return whether there is no row or no token [B T ...]."""
+    return any(_is_zero(size) for size in rows.shape[:2])
+
+
+def few_tokens(length: int) -> Slower | None:
+    """Say that a call decodes, for which a kernel over long rows is not made, or None."""
+    if length > FEW_TOKENS:
+        return None
+    return Slower(f"{length} tokens decode, and the kernel is made for rows of many")
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
+
+
+def _check_rows(op: str, q: Array, k: Array, v: Array, log_decay: Array | None) -> None:
+    check_floating(op, q=q, k=k, v=v, log_decay=log_decay)
     check_axes(op, "q", q, "B T G K")
     check_axes(op, "k", k, "B T G K")
     check_axes(op, "v", v, "B T H V")
@@ -130,13 +189,6 @@ def _check_heads(op: str, q: Array, k: Array, v: Array) -> None:
             f"{op}: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
             "Expected q and k [B T G K] of one shape and v [B T H V] with H a multiple of G."
         )
-
-
-def _check_numbers(op: str, scale: float, chunk_size: int | None) -> None:
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ConfigError(f"{op}: scale={scale!r} is not a finite Python number. Use K**-0.5, say.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ConfigError(f"{op}: chunk_size={chunk_size} is not positive. Use {CHUNK}, or None.")
 
 
 def _check_state(
@@ -157,10 +209,7 @@ def _check_state(
 def _per_token(
     op: str, log_decay: Array | None, tokens: tuple[int, ...], dtype: Any
 ) -> Array | None:
-    """Return finite decays [B T H]; those of [H] are the same for all tokens.
-
-    -inf lets nothing through, but a difference of sums of it is NaN.
-    """
+    """Return finite decays [B T H]; those of [H] are the same for all tokens."""
     if log_decay is None:
         return None
     if log_decay.shape not in (tokens, tokens[2:]):
@@ -168,12 +217,15 @@ def _per_token(
             f"{op}: log_decay has shape {log_decay.shape}. Pass one number per token and head, "
             f"shape {tokens}, or one per head, shape {tokens[2:]}."
         )
-    return jnp.broadcast_to(jnp.maximum(log_decay.astype(dtype), lowest_gate(dtype)), tokens)
+    return jnp.broadcast_to(finite_gates(log_decay, dtype), tokens)
 
 
-def lowest_gate(dtype: Any) -> float:
-    """Return the logarithm of a gate that leaves nothing, however much the rest grows after it.
+def finite_gates(gates: Array, dtype: Any) -> Array:
+    """Return logarithms of gates, those beyond any float brought to where sums of them are exact.
 
-    Its exponential times the largest number of the dtype is still 0, and so is its gradient.
+    Infinity lets nothing, or everything, through, but a difference of sums of it is NaN; and a huge
+    gate takes the digits of the weak ones beside it, which may belong to another document. The
+    exponential of the least gate times the largest number is still 0, and so is its gradient.
     """
-    return 2.0 * math.log(jnp.finfo(dtype).smallest_subnormal)
+    least = 2.0 * math.log(jnp.finfo(dtype).smallest_subnormal)
+    return jnp.clip(gates.astype(dtype), least, -least)

@@ -8,7 +8,6 @@ softmax attention's numerator; this op takes all pairs of tokens at once and has
 
 import functools
 import math
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -20,23 +19,26 @@ from jaxtyping import Float
 from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.ops.attention_terms import Places, gates_at, visible
 from jaxmem.ops.checks import (
+    as_arrays,
     check_axes,
     check_clamp,
     check_documents,
     check_floating,
     check_precision,
     check_shape,
+    number_scale,
 )
 from jaxmem.ops.dispatch import Implementation, declare, resolve
+from jaxmem.ops.linear_terms import finite_gates
 from jaxmem.ops.norms import at_least_float32
 from jaxmem.ops.similarity import CAUSAL, Pairs, Similarity, similarity_sums
 from jaxmem.shapes import Keys, Queries, Values
-from pallas_kernels._compat import Precision
+from pallas_kernels._compat import Precision, vary_like
 
 Coefficients = Float[Array, "N"] | Float[Array, "N H"]
 
 
-class PolynomialRead(NamedTuple):
+class PolynomialOutput(NamedTuple):
     """What `polynomial_attention` returns."""
 
     y: Float[Array, "B T H V"]
@@ -51,20 +53,20 @@ def polynomial_attention(
     v: Values,
     *,
     coefficients: int | np.integer | Coefficients,
-    scale: float,
+    scale: float | np.number | None = None,
     clamp: float | None = None,
     places: Places | None = None,
     log_forget: Float[Array, "B S H"] | None = None,
     implementation: Implementation = "auto",
     precision: Precision | None = None,
-) -> PolynomialRead:
+) -> PolynomialOutput:
     r"""Sum values with weights κ(min(scale q_i·k_j, clamp)) e^{Σ_{j<l≤i} log_forget_l}.
 
     κ(s) = Σ_{n<N} c_n s^n, or Taylor's Σ_{n<N} s^n / n!
 
     A key is visible to the queries of its document at its own place or after it. Cost: 2 H (K + V)
     FLOPs and N multiplications per pair forward, about 3.5 times that backward, which computes the
-    weights of a block of queries again.
+    weights of a tile again.
 
     Far below 0 the terms of Taylor's sum cancel. Where the sum equals e^s to rounding, which for
     N = 80 is down to s = -18 in float32, it is computed as 1 / κ(-s), with full precision; beyond
@@ -75,17 +77,18 @@ def polynomial_attention(
       k: keys.
       v: values.
       coefficients: c, or per head; a whole number N is Taylor's sum of N terms.
-      scale: factor of the products, a finite number.
+      scale: factor of the products, a finite number; None: 1/sqrt(K).
       clamp: largest scale q·k; the gradient is 0 above it. None: no limit.
       places: where queries and keys stand; None: in one row, T = S, all of one document.
       log_forget: logarithms of gates that a weight decays by on its way, by the slot of each key.
-      implementation: `reference` takes query after query, power after power; `xla` blocks of
-        queries, with Horner's rule.
+      implementation: `reference` takes query after query, power after power; `xla` tiles of pairs,
+        with Horner's rule.
       precision: of the matrix products; None: JAX's default.
 
     Raises:
-      ShapeError: shapes do not fit, or an axis is empty.
-      DTypeError: an operand is not floating point.
+      ShapeError: shapes do not fit, heads or widths are none, or `xla` is given a symbolic number
+        of tokens.
+      DTypeError: an operand is not floating point, or documents are not integers.
       ConfigError: there is no coefficient, or scale or clamp is not a finite number.
       UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation does not exist here; there is no kernel.
@@ -93,23 +96,28 @@ def polynomial_attention(
     Reference: "On the Expressiveness of Softmax Attention" (arXiv 2507.23632), sec. 3;
       `softmax_taylor_80terms`, `softmax_learned_terms`.
     """
+    op = "polynomial_attention"
+    q, k, v, coefficients, places, log_forget = as_arrays(q, k, v, coefficients, places, log_forget)
     _check(q, k, v, places, log_forget)
-    coefficients = _whole(coefficients)
-    _check_weights(coefficients, scale, q.shape[2])
-    check_clamp("polynomial_attention", clamp)
+    coefficients = int(coefficients) if isinstance(coefficients, np.integer) else coefficients
+    _check_coefficients(coefficients, q.shape[2])
+    check_clamp(op, clamp)
     check_precision(precision)
-    form = resolve("polynomial_attention", implementation, q, k, v).implementation
+    scale = number_scale(op, scale, q.shape[3])
+    choice = resolve(op, implementation, q, k, v)
     wide = at_least_float32(q).dtype
     decay = None
-    if log_forget is not None:
+    if log_forget is not None and 0 not in log_forget.shape:
         slots = None if places is None else places.query
-        decay = gates_at(log_forget.astype(wide), slots)
+        decay = gates_at(finite_gates(log_forget, wide), slots)
     pairs = Pairs(q.astype(wide), k.astype(wide), v.astype(wide), decay, places)
-    if form == "reference":
+    nothing = 0 in (q.shape[1], k.shape[1])
+    if choice.plain == "reference" and not nothing:
         return _reference(pairs, coefficients, scale, clamp)
+    _check_known(q, k)
     similarity = _clamped(_polynomial(coefficients, wide), clamp)
     options = {"scale": scale, "precision": precision}
-    return PolynomialRead(*similarity_sums(similarity, pairs, in_row=places is None, **options))
+    return PolynomialOutput(*similarity_sums(similarity, pairs, in_row=places is None, **options))
 
 
 declare(polynomial_attention, xla=None, reference=None)
@@ -140,15 +148,8 @@ def _check(
         check_documents(op, k.shape[:2], places.key_segment)
 
 
-def _whole(coefficients: int | np.integer | Array) -> int | Array:
-    """Return a number of terms as Python's."""
-    return int(coefficients) if isinstance(coefficients, np.integer) else coefficients
-
-
-def _check_weights(coefficients: int | Array, scale: float, heads: int) -> None:
+def _check_coefficients(coefficients: int | Array, heads: int) -> None:
     op = "polynomial_attention"
-    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ConfigError(f"{op}: scale={scale} is not a finite number. Use K**-0.5, say.")
     if isinstance(coefficients, int):
         if coefficients < 1:
             raise ConfigError(f"{op}: Taylor's sum of {coefficients} terms. Use 1 or more.")
@@ -161,6 +162,17 @@ def _check_weights(coefficients: int | Array, scale: float, heads: int) -> None:
         )
     if shape[0] == 0:
         raise ConfigError(f"{op}: coefficients {shape} are none at all. Pass one or more.")
+
+
+def _check_known(q: Array, k: Array) -> None:
+    """Check that tiles of queries and keys can be counted."""
+    lengths = (q.shape[1], k.shape[1])
+    if not all(isinstance(length, int) for length in lengths):
+        raise ShapeError(
+            f"polynomial_attention: the numbers of queries and keys {lengths} are symbolic, and "
+            "tiles of pairs must be counted. Export with fixed numbers of tokens, or use "
+            "implementation='reference'."
+        )
 
 
 def _clamped(similarity: Similarity, clamp: float | None) -> Similarity:
@@ -207,7 +219,7 @@ def _taylor_sum(terms: int, s: Array) -> Array:
     def step(n: Array, value: Array) -> Array:
         return 1.0 + value * (s / (terms - 1 - n))
 
-    return lax.fori_loop(0, terms - 1, step, jnp.ones_like(s))
+    return lax.fori_loop(0, terms - 1, step, vary_like(jnp.ones_like(s), s))
 
 
 @_taylor_sum.defjvp
@@ -230,7 +242,7 @@ def _exact_to(terms: int, dtype: np.dtype) -> float:
 
 def _reference(
     pairs: Pairs, coefficients: int | Array, scale: float, clamp: float | None
-) -> PolynomialRead:
+) -> PolynomialOutput:
     """Take one query after another, and add up powers one after another."""
     length = pairs.q.shape[1]
     places = pairs.places
@@ -252,7 +264,7 @@ def _reference(
         return None, (jnp.einsum("bhs,bshv->bhv", weights, pairs.v), jnp.sum(weights, axis=-1))
 
     _, (y, total) = lax.scan(step, None, jnp.arange(length))
-    return PolynomialRead(jnp.moveaxis(y, 0, 1), jnp.moveaxis(total, 0, 1))
+    return PolynomialOutput(jnp.moveaxis(y, 0, 1), jnp.moveaxis(total, 0, 1))
 
 
 def _powers(coefficients: int | Array, s: Array) -> Array:
@@ -263,7 +275,7 @@ def _powers(coefficients: int | Array, s: Array) -> Array:
             term = sums[0] * s / n
             return (term, sums[1] + term), None
 
-        numbers = jnp.arange(1, coefficients, dtype=s.dtype)
-        return lax.scan(add, (jnp.ones_like(s), jnp.ones_like(s)), numbers)[0][1]
+        ones = vary_like(jnp.ones_like(s), s)
+        return lax.scan(add, (ones, ones), jnp.arange(1, coefficients, dtype=s.dtype))[0][1]
     c = coefficients.astype(s.dtype).reshape(coefficients.shape[0], -1, 1)
     return sum((c[n] * s**n for n in range(1, c.shape[0])), start=c[0] + 0.0 * s)

@@ -3,10 +3,10 @@ r"""Squared-kernel attention with decay ("2Mamba"): the weights are squares of s
 y_t = Σ_{j≤t} (scale q_t·k_j)² e^{g_{j+1} + ... + g_t} v_j
 
 Squares are never negative, so that weights can be normalised without a feature map, and a square is
-a product of features, (q·k)² = φ(q)·φ(k), so that the state has a fixed size.
+a product of features, (q·k)² = φ(q)·φ(k), so that the state has a fixed size. A token reads itself
+and those before it (causal).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,18 +17,24 @@ from jaxtyping import Float
 
 from jaxmem.ops import linear_chunks, linear_reference
 from jaxmem.ops.attention_terms import Places, cumulative
-from jaxmem.ops.dispatch import Implementation, Slower, declare, resolve
-from jaxmem.ops.first_order import first_order
-from jaxmem.ops.linear_attention import GroupRows, HeadRows, LogDecay
+from jaxmem.ops.checks import as_arrays, check_precision, number_scale
+from jaxmem.ops.dispatch import Implementation, declare, resolve
 from jaxmem.ops.linear_terms import (
-    CHUNK,
-    LinearRead,
+    GroupRows,
+    HeadRows,
     LinearState,
+    LogDecay,
     Operands,
-    init_linear_state,
-    prepared,
+    SquaredOutput,
+    check_chunk_size,
+    default_chunk,
+    few_tokens,
+    is_empty,
     read_dtype,
+    validate_operands,
+    with_start,
 )
+from jaxmem.ops.platforms import Kernel, run_kernel
 from jaxmem.ops.similarity import Pairs, similarity_sums
 from jaxmem.shapes import RowInts, SegmentIds
 from pallas_kernels import squared_attention as kernels
@@ -36,7 +42,7 @@ from pallas_kernels._compat import Precision
 from pallas_kernels._interpret import interpreted
 from pallas_kernels.pairs import Decay, PairTiles
 
-__all__ = ["quadratic_is_shorter", "squared_attention", "squared_features"]
+__all__ = ["SquaredOutput", "quadratic_is_shorter", "squared_attention", "squared_features"]
 
 
 def squared_features(x: Float[Array, "... K"]) -> Float[Array, "... F"]:
@@ -57,13 +63,14 @@ def feature_count(width: int) -> int:
 
 
 def quadratic_is_shorter(length: int, width: int) -> bool:
-    """Return whether all pairs of tokens cost less than the state of chunks does.
+    """Return whether all pairs of tokens take less time than the state of chunks does.
 
     Pairs cost T (K + V) FLOPs per token and head, for those that are invisible are left out; chunks
-    cost 2 C (K + V) + 4 F V with F = K (K + 1) / 2 features. At K = V they break even at
-    T = 2 (C + F).
+    cost 2 C (K + V) + 4 F V with F = K (K + 1) / 2 features. At K = V that is equal at 2 (C + F)
+    tokens. Features cost more time than their FLOPs: on a CPU, forward and backward, the times are
+    equal at 870 and 2650 tokens for K = 16 and 32, which is 2.6 and 2.4 times as many.
     """
-    return length < 2 * (CHUNK + feature_count(width))
+    return length < 5 * (default_chunk() + feature_count(width))
 
 
 def squared_attention(
@@ -71,7 +78,7 @@ def squared_attention(
     k: GroupRows,
     v: HeadRows,
     *,
-    scale: float = 1.0,
+    scale: float | np.number | None = None,
     log_decay: LogDecay | None = None,
     with_total: bool = False,
     initial_state: LinearState | None = None,
@@ -82,7 +89,7 @@ def squared_attention(
     precision: Precision | None = None,
     config: PairTiles | None = None,
     interpret: bool | None = None,
-) -> LinearRead:
+) -> SquaredOutput:
     r"""Sum values with weights (scale q_t·k_j)² e^{g_{j+1} + ... + g_t} over the tokens j ≤ t.
 
     S_t = e^{g_t} S_{t-1} + φ(k_t) v_tᵀ,  y_t = φ(scale q_t)ᵀ S_t,  with `squared_features` φ
@@ -95,25 +102,29 @@ def squared_attention(
       q: queries; the H heads are G groups that share queries and keys, mostly of one head.
       k: keys.
       v: values; V may differ from K.
-      scale: factor of the products, before the square.
+      scale: factor of the products, before the square; None: 1/sqrt(K). Products must be in the
+        range of float32 before and after it; with a state so must be the squares of keys.
       log_decay: g, as in `linear_attention`; None: no decay.
       with_total: also return the sums of weights.
-      initial_state: sums over earlier tokens, of K (K + 1) / 2 features; None: none, and none is
-        returned. With a state the recurrence over features runs, whatever the length.
+      initial_state: sums over earlier tokens, of K (K + 1) / 2 features; None: none. With a state
+        the recurrence over features runs, whatever the length.
       segment_ids: as in `linear_attention`.
       initial_segment: as in `linear_attention`.
-      implementation: `reference` is one step per token with features; `xla` takes all pairs, block
-        by block, in rows that are short (`quadratic_is_shorter`), else chunks; `pallas` names the
-        kernel over all pairs for rows that are read at once. It has no state, so that with one, as
-        in decoding, this name means what `auto` does, chunks in XLA; `explain` says so.
-      chunk_size: tokens per chunk; speed and memory only. None: 32.
+      implementation: `reference` is one step per token with features; `xla` takes all pairs, tile
+        by tile, in rows that are short (`quadratic_is_shorter`), else chunks; `pallas` takes all
+        pairs and no state, so that it cannot decode.
+      chunk_size: tokens per chunk; speed and memory only. None: 32 on a CPU, else 128.
       precision: of the matrix products; None: JAX's default. Squares double a relative error.
       config: launch configuration of the kernel; None: that of the tables.
       interpret: run the kernel interpreted; None: where there is no GPU.
 
+    Returns:
+      y, the totals if asked for, and the state after the last token if one came in: sums over pairs
+      leave none.
+
     Raises:
-      ShapeError: shapes do not fit, an axis is empty, or the state is of another call.
-      DTypeError: an operand is not floating point.
+      ShapeError: shapes do not fit, heads or widths are none, or the state is of another call.
+      DTypeError: an operand is not floating point, or documents are not integers.
       ConfigError: scale is not finite, or chunk_size not positive.
       UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation cannot run this call.
@@ -125,41 +136,40 @@ def squared_attention(
       about eps |scale q|² Σ_j e^{g_{j+1} + ... + g_t} |k_j|² whatever the total is, and a negative
       one is returned as 0.
     """
-    operands = prepared(
-        "squared_attention",
+    op = "squared_attention"
+    q, k, v, log_decay, initial_state, segment_ids, initial_segment = as_arrays(
+        q, k, v, log_decay, initial_state, segment_ids, initial_segment
+    )
+    check_chunk_size(op, chunk_size)
+    check_precision(precision)
+    operands = validate_operands(
+        op,
         q,
         k,
         v,
         features=feature_count(q.shape[-1]),
-        scale=scale,
         log_decay=log_decay,
         with_total=with_total,
         initial_state=initial_state,
         segment_ids=segment_ids,
         initial_segment=initial_segment,
-        chunk_size=chunk_size,
-        precision=precision,
     )
-    # The kernel's name is for rows read at once; `auto` tells `explain` why it is not taken here.
-    asked = "auto" if implementation == "pallas" and initial_state is not None else implementation
     options = {"initial_state": initial_state, "config": config}
-    form = resolve(
-        "squared_attention", asked, q, k, v, interpret=interpret, **options
-    ).implementation
-    if form == "pallas":
-        static = _Static(scale, precision, config, interpreted(interpret))
-        found: Any = _kernel(static, *_pairs(operands))
-        y, total = found
-    elif form == "xla" and initial_state is None and quadratic_is_shorter(q.shape[1], q.shape[3]):
-        pairs = Pairs(*_pairs(operands)[:4], _places(operands.document))
-        options = {"scale": scale, "precision": precision}
-        y, total = similarity_sums(jnp.square, pairs, in_row=True, **options)
-    else:
-        return _with_state(form, operands, with_total, scale, chunk_size, precision)
-    return LinearRead(y.astype(read_dtype(v)), total if with_total else None, None)
+    choice = resolve(op, implementation, q, k, v, interpret=interpret, **options)
+    scale = number_scale(op, scale, q.shape[3])
+    static = _Static(scale, with_total, chunk_size, precision, config, interpreted(interpret))
+    if choice.kernel is not None and not is_empty(v):
+        rows: Any = operands[:5]  # no state
+        elsewhere = choice.plain is not None
+        y, total = run_kernel(_KERNEL, static, *rows, elsewhere=elsewhere)
+        return SquaredOutput(y.astype(read_dtype(v)), total if with_total else None, None)
+    form = "reference" if choice.plain == "reference" else "xla"
+    y, total, state = _plain_form(form, static, operands)
+    state = None if initial_state is None else state
+    return SquaredOutput(y.astype(read_dtype(v)), total if with_total else None, state)
 
 
-def _pallas_unmet(
+def _kernel_unmet(
     q: Any,
     k: Any,
     v: Any,
@@ -178,12 +188,50 @@ def _pallas_unmet(
         rows=v.shape[0] * v.shape[2],
         config=config,
     )
-    if why is None and not quadratic_is_shorter(q.shape[1], q.shape[3]):
-        return Slower(f"rows of {q.shape[1]} tokens are less work in chunks")
-    return why
+    return why or few_tokens(q.shape[1])
 
 
-declare(squared_attention, pallas=_pallas_unmet, xla=None, reference=None)
+declare(squared_attention, pallas=_kernel_unmet, xla=None, reference=None)
+
+
+class _Static(NamedTuple):
+    """What a call does not trace."""
+
+    scale: float
+    with_total: bool
+    chunk_size: int | None
+    precision: Precision | None
+    config: PairTiles | None
+    interpret: bool
+
+    @property
+    def for_kernel(self) -> dict[str, Any]:
+        """Options of the kernels."""
+        names = ("scale", "precision", "config", "interpret")
+        return {name: getattr(self, name) for name in names}
+
+
+def _plain_form(
+    form: str, static: _Static, operands: Operands
+) -> tuple[Array, Array | None, LinearState | None]:
+    """Take all pairs, or run the recurrence over features token by token or chunk by chunk."""
+    length, width = operands.q.shape[1], operands.q.shape[3]
+    short = isinstance(length, int) and quadratic_is_shorter(length, width)
+    if form == "xla" and operands.state is None and short:
+        pairs = Pairs(*_pairs(*operands[:4]), _places(operands.document))
+        options: dict[str, Any] = {"scale": static.scale, "precision": static.precision}
+        return *similarity_sums(jnp.square, pairs, in_row=True, **options), None
+    operands = with_start(operands, feature_count(width), with_total=static.with_total)
+    if form == "reference":
+        y, total, state = linear_reference.run(operands, squared_features, static.scale)
+    else:
+        statics = (static.scale, static.chunk_size, static.precision)
+        y, total, state = linear_chunks.run(
+            operands, linear_chunks.Walk(2, squared_features, *statics)
+        )
+    if total is not None:
+        total = jnp.where(total < 0.0, 0.0, total)  # rounding of a sum of squares
+    return y, total, state
 
 
 def _places(document: Array | None) -> Places | None:
@@ -193,82 +241,40 @@ def _places(document: Array | None) -> Places | None:
     return Places(index, index, document + 1, document + 1)
 
 
-def _with_state(
-    form: str,
-    operands: Operands,
-    with_total: bool,
-    scale: float,
-    chunk_size: int | None,
-    precision: Precision | None,
-) -> LinearRead:
-    """Run the recurrence over features, token by token or chunk by chunk."""
-    start, v = operands.state, operands.v
-    if start is None:
-        shape = (v.shape[0], v.shape[2], feature_count(operands.q.shape[3]), v.shape[3])
-        start = init_linear_state(*shape, with_total=with_total, dtype=operands.wide)
-    if form == "reference":
-        y, total, state = linear_reference.run(operands, start, squared_features, scale)
-    else:
-        walk = linear_chunks.Walk(2, squared_features, scale, chunk_size or CHUNK, precision)
-        y, total, state = linear_chunks.run(operands, start, walk)
-    if total is not None:
-        total = jnp.where(total < 0.0, 0.0, total)  # rounding of a sum of squares
-    return LinearRead(y.astype(read_dtype(v)), total, None if operands.state is None else state)
-
-
-class _Rows(NamedTuple):
-    """Operands of the forms over all pairs, with queries and keys of every head."""
-
-    q: Array
-    k: Array
-    v: Array
-    decay: Decay | None
-    document: Array | None
-
-
-def _pairs(operands: Operands) -> _Rows:
-    share = operands.v.shape[2] // operands.q.shape[2]
-    q, k = operands.q, operands.k
-    if share > 1:
-        q, k = jnp.repeat(q, share, axis=2), jnp.repeat(k, share, axis=2)
+def _pairs(
+    q: Array, k: Array, v: Array, log_decay: Array | None
+) -> tuple[Array, Array, Array, Decay | None]:
+    """Return what the forms over all pairs take: queries and keys per head, and summed gates."""
+    heads_per_group = v.shape[2] // q.shape[2]
+    if heads_per_group > 1:
+        q, k = jnp.repeat(q, heads_per_group, axis=2), jnp.repeat(k, heads_per_group, axis=2)
     decay = None
-    if operands.log_decay is not None:
-        sums = tuple(jnp.moveaxis(a, 1, 2) for a in cumulative(operands.log_decay))
+    if log_decay is not None:
+        sums = tuple(jnp.moveaxis(a, 1, 2) for a in cumulative(log_decay))
         decay = Decay(*sums, *sums)
-    return _Rows(q, k, operands.v, decay, operands.document)
+    return q, k, v, decay
 
 
-class _Static(NamedTuple):
-    """What a call does not trace."""
-
-    scale: float
-    precision: Precision | None
-    config: PairTiles | None
-    interpret: bool
+def _forward(static: _Static, operands: tuple) -> tuple[tuple[Array, Array], tuple]:
+    *rows, document = operands
+    inputs = kernels.Operands(*_pairs(*rows), document)
+    y, total = kernels.squared_forward(inputs, **static.for_kernel)
+    return (y, total), ()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel(
-    static: _Static, q: Array, k: Array, v: Array, decay: Decay | None, document: Array | None
-) -> tuple[Array, Array]:
-    return _kernel_forward(static, q, k, v, decay, document)[0]
+def _backward(static: _Static, operands: tuple, saved: tuple, grads: tuple) -> tuple:
+    del saved
+    *rows, document = operands
+    pairs, pull = jax.vjp(_pairs, *rows)
+    inputs = kernels.Operands(*pairs, document)
+    gradients = kernels.squared_backward(inputs, kernels.Outputs(*grads), **static.for_kernel)
+    return (*pull(gradients), None)
 
 
-def _kernel_forward(static: _Static, *operands: Any) -> tuple[tuple[Array, Array], _Rows]:
-    run = functools.partial(kernels.squared_forward, **static._asdict())
-    return first_order("squared_attention", run)(*operands), _Rows(*operands)
+def _plain(static: _Static, operands: Any) -> tuple[Array, Array | None]:
+    whole = Operands(*operands, state=None)
+    y, total, _ = _plain_form("xla", static._replace(with_total=True), whole)
+    return y, total
 
 
-def _kernel_backward(static: _Static, rows: _Rows, grads: tuple[Array, Array]) -> tuple:
-    run = functools.partial(kernels.squared_backward, **static._asdict())
-    operands = (*rows, *grads)
-    gradients: Any = first_order("squared_attention", run)(*operands)
-    dq, dk, dv, at_queries, at_keys = gradients
-    decay = None
-    if rows.decay is not None:
-        rest = jnp.zeros_like(at_queries)
-        decay = Decay(at_queries, rest, at_keys, rest)
-    return dq, dk, dv, decay, None
-
-
-_kernel.defvjp(_kernel_forward, _kernel_backward)
+_KERNEL = Kernel("squared_attention", _forward, _backward, _plain)

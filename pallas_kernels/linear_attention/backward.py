@@ -11,29 +11,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._compat import Precision
-from pallas_kernels.linear_attention.launch import LinearAttentionConfig, find_config
+from pallas_kernels.linear_attention.launch import (
+    LinearAttentionConfig,
+    Operands,
+    Outputs,
+    find_config,
+)
 from pallas_kernels.linear_attention.walk import Inputs, Wanted, walk
 
 
 def linear_backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    document: Array | None,
-    memory: Array,
-    key_sum: Array | None,
-    dy: Array,
-    dtotal: Array | None,
-    dmemory: Array,
-    dkey_sum: Array | None,
+    operands: Operands,
+    grads: Outputs,
     *,
     scale: float,
     precision: Precision | None = None,
     config: LinearAttentionConfig | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array, Array, Array | None, Array, Array | None]:
-    """Return the gradients of what `linear_forward` takes.
+) -> Operands:
+    """Return the gradients of what `linear_forward` takes; None for what is None or integers.
 
     Three walks (`walk.walk`): forwards with S for dq, in reverse with the gradient of S for dk and
     for dv. Each owns blocks of the width of its own result, so that no program adds to what another
@@ -44,49 +40,39 @@ def linear_backward(
     and those of dq and dk per head in float32 where heads share them. Not measured on a device yet.
 
     Args:
-      q: queries [B T G K]; what is not said here is as in `linear_forward`.
-      k: keys [B T G K].
-      v: values [B T H V].
-      log_decay: log gates [B T H].
-      document: documents of the tokens [B T].
-      memory: S before the first token [B H K V].
-      key_sum: z before the first token [B H K].
-      dy: cotangent of y [B T H V].
-      dtotal: cotangent of the totals [B T H], float32; None without `key_sum`.
-      dmemory: cotangent of S after the last token [B H K V], float32.
-      dkey_sum: cotangent of z after the last token [B H K], float32; None without `key_sum`.
+      operands: arrays of the forward pass.
+      grads: cotangents of its outputs, dy in the dtype of y, the others float32.
       scale: factor of the result.
       precision: of float32 products.
       config: launch configuration; None takes that of the tables.
       interpret: run as plain JAX, for tests on CPU.
-
-    Returns:
-      dq, dk, dv in the dtypes of q, k and v; dlog_decay [B T H], the cotangents of S and z before
-      the first token, float32; None for what is None.
     """
+    q, k, v, log_decay, document, memory, key_sum = operands
     config = config or find_config(q, k, v)
     run = functools.partial(
         walk, tiling=config.backward, scale=scale, precision=precision, interpret=interpret
     )
     through = (log_decay, document)
-    by_q, by_k = (v.shape[2] // x.shape[2] for x in (q, k))
-    for_q = run(
-        Inputs(dy, v, k, *through, memory, key_sum, dtotal, _if(log_decay, q)),
+    heads_per_group = v.shape[2] // q.shape[2]
+    dq = run(
+        Inputs(grads.y, v, k, *through, memory, key_sum, grads.total, _if(log_decay, q)),
         name="linear_queries_gradient",
-        dtype=q.dtype if by_q == 1 else jnp.float32,
+        dtype=q.dtype if heads_per_group == 1 else jnp.float32,
         wanted=Wanted(),
-        turned=True,
+        transposed=True,
     )
-    for_k = run(
-        Inputs(v, dy, q, *through, dmemory, dkey_sum, dtotal, _if(log_decay, k)),
+    dk = run(
+        Inputs(
+            v, grads.y, q, *through, grads.memory, grads.key_sum, grads.total, _if(log_decay, k)
+        ),
         name="linear_keys_gradient",
-        dtype=k.dtype if by_k == 1 else jnp.float32,
+        dtype=k.dtype if heads_per_group == 1 else jnp.float32,
         wanted=Wanted(sums=key_sum is not None),
         reverse=True,
-        turned=True,
+        transposed=True,
     )
-    for_v = run(
-        Inputs(k, q, dy, *through, dmemory),
+    dv = run(
+        Inputs(k, q, grads.y, *through, grads.memory),
         name="linear_values_gradient",
         dtype=v.dtype,
         wanted=Wanted(state=True),
@@ -94,13 +80,14 @@ def linear_backward(
     )
     dlog_decay = None
     if log_decay is not None:
-        started = jnp.sum(for_v.state * memory, axis=(2, 3))
+        started = jnp.sum(dv.state * memory, axis=(2, 3))
         if key_sum is not None:
-            started += jnp.sum(for_k.sums * key_sum, axis=2)
-        crossing = jnp.sum(for_k.along, axis=0) - jnp.sum(for_q.along, axis=0)
+            started += jnp.sum(dk.sums * key_sum, axis=2)
+        crossing = jnp.sum(dk.dot_with_multiplier, axis=0)
+        crossing -= jnp.sum(dq.dot_with_multiplier, axis=0)
         dlog_decay = _crossing(crossing, started, document)
-    dq, dk = (_gathered(x.out, to) for x, to in ((for_q, q), (for_k, k)))
-    return dq, dk, for_v.out, dlog_decay, for_v.state, for_k.sums
+    per_group = [_summed_over_heads(a.out, to) for a, to in ((dq, q), (dk, k))]
+    return Operands(per_group[0], per_group[1], dv.out, dlog_decay, None, dv.state, dk.sums)
 
 
 def _crossing(change: Array, started: Array, document: Array | None) -> Array:
@@ -124,7 +111,7 @@ def _if(log_decay: Array | None, x: Array) -> Array | None:
     return None if log_decay is None else x
 
 
-def _gathered(gradient: Array, to: Array) -> Array:
+def _summed_over_heads(gradient: Array, to: Array) -> Array:
     """Add the gradients of heads that share an array."""
     shape = (*to.shape[:3], -1, to.shape[3])
     return jnp.sum(gradient.reshape(shape), axis=3, dtype=jnp.float32).astype(to.dtype)

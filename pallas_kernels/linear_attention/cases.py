@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels._launch import Case, Entry
 from pallas_kernels.linear_attention.backward import linear_backward
 from pallas_kernels.linear_attention.forward import linear_forward
-from pallas_kernels.linear_attention.launch import LinearAttentionConfig
+from pallas_kernels.linear_attention.launch import LinearAttentionConfig, Operands, Outputs
 
 
 def cases(entry: Entry) -> list[Case]:
@@ -33,7 +33,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
     values = operand(batch, length, heads, width, of=dtype)
     memory = operand(batch, heads, width, width)
     key_sum = operand(batch, heads, width) if full else None
-    inputs = (
+    operands = Operands(
         queries,
         queries,
         values,
@@ -42,13 +42,13 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         memory,
         key_sum,
     )
-    grads = (values, operand(batch, length, heads) if full else None, memory, key_sum)
+    grads = Outputs(values, operand(batch, length, heads) if full else None, memory, key_sum)
     options = {"scale": width**-0.5, "config": LinearAttentionConfig(**entry.config)}
     return [
-        Case(f"linear_forward{suffix}", functools.partial(linear_forward, **options), inputs),
+        Case(f"linear_forward{suffix}", functools.partial(linear_forward, **options), (operands,)),
         Case(
             f"linear_backward{suffix}",
             functools.partial(linear_backward, **options),
-            (*inputs, *grads),
+            (operands, grads),
         ),
     ]

@@ -11,6 +11,40 @@ from pallas_kernels._launch import power_of_two
 NAME = "linear_attention"
 
 
+class Operands(NamedTuple):
+    """What linear attention takes, and in the backward pass the gradients of that."""
+
+    q: Any
+    """Queries [B T G K], any T >= 1; G divides H."""
+    k: Any
+    """Keys [B T G K], zero at padding."""
+    v: Any
+    """Values [B T H V], zero at padding."""
+    log_decay: Any
+    """g [B T H], zero at padding; positive ones let the state grow, within float32. None: nothing
+    is forgotten."""
+    document: Any
+    """Number of the document of each token [B T], int32, non-decreasing; 0 continues that of the
+    state. None: all do. It has no gradient."""
+    memory: Any
+    """S before the first token [B H K V], float32."""
+    key_sum: Any
+    """z before the first token [B H K], float32; None: no totals."""
+
+
+class Outputs(NamedTuple):
+    """What linear attention returns, and in the backward pass the cotangents of that."""
+
+    y: Any
+    """[B T H V] in the dtype of v (float32 for float16, which it may exceed)."""
+    total: Any
+    """[B T H], float32; None without `key_sum`."""
+    memory: Any
+    """S after the last token, of its document [B H K V], float32."""
+    key_sum: Any
+    """z after the last token [B H K], float32, or None."""
+
+
 class Tiling(NamedTuple):
     """How one walk is launched."""
 
@@ -101,8 +135,9 @@ def unmet(q: Any, k: Any, v: Any, *, config: LinearAttentionConfig | None = None
 def shared_bytes(config: LinearAttentionConfig, width: int, value_width: int, dtype: Any) -> int:
     """Return the shared memory of the hungriest of the walks, in bytes, from above.
 
-    A walk with a, b [C W] and c [C P], s chunks in flight, has e (s C (2 W + P) + C² + W P), for
-    the tiles, the weights and the state as operands. W and P are powers of two.
+    A walk with queries and keys [C W] and values [C P], s chunks in flight, has
+    e (s C (2 W + P) + C² + W P), for the tiles, the weights and the state as operands. W and P are
+    powers of two.
     """
     size = jnp.dtype(dtype).itemsize
     key, value = power_of_two(width), power_of_two(value_width)

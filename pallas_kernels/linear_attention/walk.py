@@ -2,10 +2,11 @@
 
 With D_ij what the gates between tokens j and i let through (0 across documents), a walk computes
 
-    out_i = scale Σ_j D_ij <a_i, b_j> c_j    over j <= i, or in reverse over j >= i.
+    out_i = scale Σ_j D_ij <query_i, key_j> value_j    over j <= i, or in reverse over j >= i.
 
-That is y for (a, b, c) = (q, k, v); dq for (dy, v, k); in reverse, dv for (k, q, dy) and dk for
-(v, dy, q). So there is one kernel, and each pass splits the width of its own result over programs.
+That is y for (query, key, value) = (q, k, v); dq for (dy, v, k); in reverse, dv for (k, q, dy) and
+dk for (v, dy, q). So there is one kernel, and each pass splits the width of its own result over
+programs.
 """
 
 import functools
@@ -17,9 +18,9 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, load, mm, pl, store
 from pallas_kernels._launch import power_of_two
+from pallas_kernels._tiles import LOG2_E
 from pallas_kernels.linear_attention.launch import Tiling
 
-LOG2_E = 1.4426950408889634
 _LOWEST = -1024.0
 """Log2 of a gate that leaves nothing even of the largest float32."""
 _GRAIN = 64.0
@@ -27,26 +28,27 @@ _GRAIN = 64.0
 
 
 class Inputs(NamedTuple):
-    """What a walk reads; of a, b and c some may have fewer heads, each shared by several."""
+    """Operands of a walk; of query, key and value some may have fewer heads, each shared."""
 
-    a: Any
-    """Reading side [B T . W]."""
-    b: Any
-    """Writing side [B T . W]."""
-    c: Any
-    """What is written [B T . P]."""
+    query: Any
+    """Reads the state [B T . W]."""
+    key: Any
+    """Writes to the state [B T . W]."""
+    value: Any
+    """Written to the state [B T . P]."""
     log_decay: Any
     """[B T H] float32, or None: nothing is forgotten."""
     document: Any
     """[B T] int32, or None: all tokens belong to the document of the state."""
     state: Any
-    """What the walk starts with [B H W P], float32."""
+    """State at the start [B H W P], float32."""
     sums: Any = None
-    """The same with all c (a, if `extra` is given: all <a, b>) 1: [B H W] or [B H P], or None."""
+    """The same for values of 1 [B H W], or None; with `extra` for products <query, key> of 1
+    [B H P]."""
     extra: Any = None
-    """Number per token that wrote y [B T H], added to each <a, b> it takes part in, or None."""
-    beside: Any = None
-    """What to multiply the result with, token by token [B T . P], or None."""
+    """Number per token that wrote y [B T H], added to each of its <query, key>, or None."""
+    multiplier: Any = None
+    """Factor of the result, token by token [B T . P], for `dot_with_multiplier`; or None."""
 
 
 class Outputs(NamedTuple):
@@ -55,13 +57,13 @@ class Outputs(NamedTuple):
     out: Any
     """[B T H P]"""
     state: Any = None
-    """What the walk ends with [B H W P], float32."""
+    """State at the end [B H W P], float32."""
     sums: Any = None
     """As in `Inputs`, at the end."""
     total: Any = None
-    """The result with all c 1 [B T H], float32."""
-    along: Any = None
-    """<beside, out> [N B T H] of each block of P, float32, without what a token gives itself."""
+    """The result for values of 1 [B T H], float32."""
+    dot_with_multiplier: Any = None
+    """<multiplier, out> of each block of P [N B T H], float32, without a token's own part."""
 
 
 class Wanted(NamedTuple):
@@ -85,12 +87,12 @@ class Call(NamedTuple):
     block: int
     """Columns of P that a program owns."""
     reverse: bool
-    turned: bool
+    transposed: bool
     """Whether states are [P W]."""
     dtype: Any
     """Of the operands of products."""
     pairs: Precision
-    """Of <a, b>."""
+    """Of <query, key>."""
     rest: Precision
     """Of the other products."""
     interpret: bool
@@ -120,21 +122,22 @@ def walk(
     dtype: Any,
     wanted: Wanted,
     reverse: bool = False,
-    turned: bool = False,
+    transposed: bool = False,
     precision: Precision | None,
     interpret: bool,
 ) -> Outputs:
     """Run one walk; grid (P / block, H, B).
 
     A program owns `block` columns of the result of one head and walks over its chunks of C tokens
-    with the state [W, block] in registers: out = (scale D ⊙ a bᵀ) c + read ⊙ (a S) and
-    S' = across S + bᵀ (write ⊙ c). It holds Sᵀ: the second operand of a product takes registers in
-    every warp, and so a and b, which come from shared memory, are second. Accumulated and carried
-    in float32; operands of products are bfloat16 where all of a, b and c are, else float32: a state
-    or a logit may exceed float16.
+    with the state [W, block] in registers: out = (scale D ⊙ query keyᵀ) value + read ⊙ (query S)
+    and S' = across S + keyᵀ (write ⊙ value). It holds Sᵀ: the second operand of a product takes
+    registers in every warp, and so queries and keys, which come from shared memory, are second.
+    Accumulated and carried in float32; operands of products are bfloat16 where all three are, else
+    float32: a state or a logit may exceed float16.
 
     Shared memory: `launch.shared_bytes`. FLOPs per token and program: 2 C (W + block) +
-    4 W block; bytes of a, b, c and the result, a and b once per block, mostly from the cache.
+    4 W block; bytes of queries, keys, values and the result, the first two once per block, mostly
+    from the cache.
 
     Args:
       inputs: what to read.
@@ -144,26 +147,28 @@ def walk(
       dtype: dtype of the result.
       wanted: further outputs.
       reverse: whether a token reads those after it, and the state is that of the end.
-      turned: whether states are [B H P W] rather than [B H W P].
-      precision: of float32 products; None: three TF32 passes for <a, b>, one for the rest.
+      transposed: whether states are [B H P W] rather than [B H W P].
+      precision: of float32 products; None: three TF32 passes for <query, key>, one
+        for the rest.
       interpret: evaluate with plain JAX instead of a GPU.
     """
-    batch, length, _, columns = inputs.c.shape
+    batch, length, _, columns = inputs.value.shape
     heads = inputs.state.shape[1]
-    call = _call_of(inputs, tiling, scale, reverse, turned, precision, interpret)
+    call = _call_of(inputs, tiling, scale, reverse, transposed, precision, interpret)
     blocks = -(-columns // call.block)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     per_token = float32((batch, length, heads))
+    dots = float32((blocks, *per_token.shape))
     shapes = Outputs(
         out=jax.ShapeDtypeStruct((batch, length, heads, columns), dtype),
         state=float32(inputs.state.shape) if wanted.state else None,
         sums=float32(inputs.sums.shape) if wanted.sums else None,
         total=per_token if wanted.total else None,
-        along=None if inputs.beside is None else float32((blocks, *per_token.shape)),
+        dot_with_multiplier=None if inputs.multiplier is None else dots,
     )
     spec = functools.partial(_spec, call, heads)
     sums = "bhp" if inputs.extra is not None else "bhw"
-    state = "bhpw" if turned else "bhwp"
+    state = "bhpw" if transposed else "bhwp"
     in_axes = Inputs("btgw", "btgw", "btgp", "bth", "bt", state, sums, "bth", "btgp")
     out_axes = Outputs("bthp", state, sums, "bth", "nbth")
     return launch(
@@ -184,23 +189,23 @@ def _call_of(
     tiling: Tiling,
     scale: float,
     reverse: bool,
-    turned: bool,
+    transposed: bool,
     precision: Precision | None,
     interpret: bool,
 ) -> Call:
-    half = all(x.dtype == jnp.bfloat16 for x in (inputs.a, inputs.b, inputs.c))
+    half = all(x.dtype == jnp.bfloat16 for x in (inputs.query, inputs.key, inputs.value))
     # Half-precision numbers are TF32 numbers: one product of them is exact.
-    wide = all(x.dtype == jnp.float32 for x in (inputs.a, inputs.b))
-    columns = inputs.c.shape[3]
+    wide = all(x.dtype == jnp.float32 for x in (inputs.query, inputs.key))
+    columns = inputs.value.shape[3]
     return Call(
-        length=inputs.c.shape[1],
-        width=inputs.a.shape[3],
+        length=inputs.value.shape[1],
+        width=inputs.query.shape[3],
         columns=columns,
         scale=scale,
         chunk=tiling.chunk,
         block=min(tiling.block, power_of_two(columns)),
         reverse=reverse,
-        turned=turned,
+        transposed=transposed,
         dtype=jnp.bfloat16 if half else jnp.float32,
         pairs=precision or ("high" if wide else "default"),
         rest=precision or "default",
@@ -233,7 +238,7 @@ def _spec(call: Call, heads: int, array: Any, axes: str) -> Any:
 
 def _kernel(refs: Inputs, outs: Outputs, *, call: Call) -> None:
     block = pl.program_id(0)
-    wide = lax.iota(jnp.int32, refs.a.shape[-1]) < call.width
+    wide = lax.iota(jnp.int32, refs.query.shape[-1]) < call.width
     mine = block * call.block + lax.iota(jnp.int32, call.block) < call.columns
     summed = wide if refs.extra is None else mine
     number = -(-call.length // call.chunk)
@@ -242,47 +247,49 @@ def _kernel(refs: Inputs, outs: Outputs, *, call: Call) -> None:
         state, sums = carry
         at = (number - 1 - n if call.reverse else n) * call.chunk
         inside = at + lax.iota(jnp.int32, call.chunk) < call.length
-        a, b = (_tile(call, ref, at, inside, wide) for ref in (refs.a, refs.b))
-        c = _tile(call, refs.c, at, inside, mine)
+        query, key = (_tile(call, ref, at, inside, wide) for ref in (refs.query, refs.key))
+        value = _tile(call, refs.value, at, inside, mine)
         extra = None if refs.extra is None else _vector(call, refs.extra, at, inside)
         chunk = _chunk(call, refs, at, inside)
-        pairs, weights = _weights(call, chunk, a, b, extra)
-        read = _read_state(call, a, extra, state, sums)
-        out = _product(call, weights.astype(call.dtype), c) + _column(chunk.reads) * read
+        pairs, weights = _weights(call, chunk, query, key, extra)
+        read = _read_state(call, query, extra, state, sums)
+        out = _product(call, weights.astype(call.dtype), value)
+        out += _column(chunk.reads) * read
         tokens = pl.ds(at, call.chunk)
-        if refs.beside is not None:
-            beside = load(refs.beside.at[tokens, :], inside[:, None] & mine[None, :])
-            store(outs.along.at[tokens], jnp.sum(beside.astype(jnp.float32) * out, axis=1), inside)
-            out += jnp.sum(jnp.where(_same(call), pairs, 0.0), axis=1)[:, None] * _wide(c)
+        if refs.multiplier is not None:
+            multiplier = load(refs.multiplier.at[tokens, :], inside[:, None] & mine[None, :])
+            dots = jnp.sum(_wide(multiplier) * out, axis=1)
+            store(outs.dot_with_multiplier.at[tokens], dots, inside)
+            out += jnp.sum(jnp.where(_same(call), pairs, 0.0), axis=1)[:, None] * _wide(value)
         store(outs.out.at[tokens, :], out, inside[:, None] & mine[None, :])
         if outs.total is not None:
-            # Loaded again: as an operand of a product, a takes registers in every warp.
-            again = load(refs.a.at[tokens, :], inside[:, None] & wide[None, :])
+            # Loaded again: as an operand of a product, it takes registers in every warp.
+            again = load(refs.query.at[tokens, :], inside[:, None] & wide[None, :])
             read = jnp.sum(_wide(again) * sums[None, :], axis=1)
             total = jnp.sum(weights, axis=1) + chunk.reads * read
             store(outs.total.at[tokens], total, inside & (block == 0))
-        written = _column(chunk.writes) * _wide(c)
-        state = chunk.across * state + _product(call, written.astype(call.dtype), b, ta=True)
+        written = _column(chunk.writes) * _wide(value)
+        state = chunk.across * state + _product(call, written.astype(call.dtype), key, ta=True)
         if sums is not None:
-            again = load(refs.b.at[tokens, :], inside[:, None] & wide[None, :])
+            again = load(refs.key.at[tokens, :], inside[:, None] & wide[None, :])
             sums = chunk.across * sums + _summed(call, chunk, again, written, extra)
         return state, sums
 
     state = load(refs.state, _cells(call, wide, mine))
-    state = state if call.turned else state.T
+    state = state if call.transposed else state.T
     sums = None if refs.sums is None else load(refs.sums, summed)
     state, sums = lax.fori_loop(0, number, step, (state, sums))
     if outs.state is not None:
-        store(outs.state, state if call.turned else state.T, _cells(call, wide, mine))
+        store(outs.state, state if call.transposed else state.T, _cells(call, wide, mine))
     if outs.sums is not None:
         store(outs.sums, sums, summed if refs.extra is not None else summed & (block == 0))
 
 
 def _weights(
-    call: Call, chunk: Chunk, a: Array, b: Array, extra: Array | None
+    call: Call, chunk: Chunk, query: Array, key: Array, extra: Array | None
 ) -> tuple[Array, Array]:
     """Return the scaled products of the pairs of a chunk, and what is left of those seen."""
-    pairs = mm(a, b, tb=True, precision=call.pairs, interpret=call.interpret)
+    pairs = mm(query, key, tb=True, precision=call.pairs, interpret=call.interpret)
     if extra is not None:
         pairs += _along(extra, 1 if call.reverse else 0)
     pairs = pairs * call.scale
@@ -291,18 +298,18 @@ def _weights(
     return pairs, jnp.where(chunk.seen, weights, 0.0)
 
 
-def _read_state(call: Call, a: Array, extra: Array | None, state: Array, sums: Any) -> Array:
+def _read_state(call: Call, query: Array, extra: Array | None, state: Array, sums: Any) -> Array:
     """Return what the tokens of a chunk read of the state, as if nothing decayed."""
-    read = _product(call, state.astype(call.dtype), a, tb=True).T
+    read = _product(call, state.astype(call.dtype), query, tb=True).T
     if extra is not None:
         read += sums[None, :] if call.reverse else extra[:, None] * sums[None, :]
     return read
 
 
-def _summed(call: Call, chunk: Chunk, b: Array, written: Array, extra: Array | None) -> Array:
+def _summed(call: Call, chunk: Chunk, key: Array, written: Array, extra: Array | None) -> Array:
     """Return what the tokens of a chunk add to the sums."""
     if extra is None:
-        written = _column(chunk.writes) * _wide(b)
+        written = _column(chunk.writes) * _wide(key)
     elif call.reverse:
         written = extra[:, None] * written
     return jnp.sum(written, axis=0)
@@ -315,7 +322,7 @@ def _chunk(call: Call, refs: Inputs, at: Array, inside: Array) -> Chunk:
     """
     since = until = across = jnp.float32(1.0)
     between = None
-    seen = _order(call, strict=refs.beside is not None)
+    seen = _order(call, strict=refs.multiplier is not None)
     if refs.log_decay is not None:
         since, until, across, between = _decays(call, refs.log_decay, at, inside)
     if refs.document is not None:
@@ -381,7 +388,7 @@ def _vector(call: Call, ref: Any, at: Array, inside: Array) -> Array:
 
 def _cells(call: Call, wide: Array, mine: Array) -> Array:
     """Return which cells of a state exist."""
-    first, second = (mine, wide) if call.turned else (wide, mine)
+    first, second = (mine, wide) if call.transposed else (wide, mine)
     return first[:, None] & second[None, :]
 
 

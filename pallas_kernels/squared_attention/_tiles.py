@@ -18,6 +18,30 @@ from pallas_kernels._tiles import LOG2_E, vector
 from pallas_kernels.pairs import Decay
 
 
+class Operands(NamedTuple):
+    """What squared attention takes."""
+
+    q: Any
+    """Queries [B T H K]."""
+    k: Any
+    """Keys [B T H K], of the queries' dtype."""
+    v: Any
+    """Values [B T H V]."""
+    decay: Decay | None
+    """Cumulative log decay F in two words at queries and keys; None: F = 0."""
+    document: Any
+    """Number of each token's document [B T], int32, never decreasing; None: one document."""
+
+
+class Outputs(NamedTuple):
+    """What squared attention returns, and in the backward pass the cotangents of that."""
+
+    y: Any
+    """[B T H V] in the dtype of the values, float32 for float16."""
+    total: Any
+    """[B T H], float32."""
+
+
 class Call(NamedTuple):
     """What is static in a call."""
 
@@ -135,12 +159,25 @@ def walk(ranges: list[Range], visit: Callable, carry: Any) -> Any:
     return carry
 
 
-def specs(operands: Any) -> Any:
+def specs(operands: Operands) -> Operands:
     """Return the block of each operand for one program of a grid (block, head, row).
 
-    It holds all tokens of a head. Operands are arrays [B T], [B T H] or [B T H K], or absent.
+    It holds all tokens of a head.
     """
-    return jax.tree.map(lambda a: _spec(a, a.shape[1]), operands)
+    q, k, v, document = (whole(a) for a in (operands.q, operands.k, operands.v, operands.document))
+    return Operands(q, k, v, by_head(operands.decay), document)
+
+
+def whole(arrays: Any) -> Any:
+    """Return blocks of all tokens of a head, of arrays [B T], [B T H] or [B T H K]."""
+    return jax.tree.map(lambda a: _spec(a, a.shape[1]), arrays)
+
+
+def by_head(arrays: Any) -> Any:
+    """Return blocks of all tokens of a head, of arrays [B H T] such as a decay's."""
+    return jax.tree.map(
+        lambda a: pl.BlockSpec((None, None, a.shape[2]), lambda i, h, b: (b, h, 0)), arrays
+    )
 
 
 def owned(array: Any, size: int, at: Callable[[Any], Any]) -> Any:
@@ -158,13 +195,6 @@ def _spec(array: Any, size: int, at: Callable[[Any], Any] = lambda i: 0) -> Any:
         return pl.BlockSpec((None, size, None), lambda i, h, b: (b, at(i), h))
     padded = power_of_two(array.shape[3])
     return pl.BlockSpec((None, size, None, padded), lambda i, h, b: (b, at(i), h, 0))
-
-
-def decay_specs(by_head: Any) -> Any:
-    """Return the blocks of a decay, or of other arrays [B H T], like `specs`."""
-    return jax.tree.map(
-        lambda a: pl.BlockSpec((None, None, a.shape[2]), lambda i, h, b: (b, h, 0)), by_head
-    )
 
 
 def queries_of(call: Call, start: Any, edges: Any, decay: Decay | None, axis: int) -> Side:
@@ -200,22 +230,27 @@ def visible(call: Call, queries: Side, keys: Side) -> Array:
     return seen
 
 
-def faded(dots: Array, queries: Side, keys: Side) -> Array:
+def faded(products: Array, queries: Side, keys: Side) -> Array:
     """Multiply a tile by the decay between its keys and its queries.
 
     The first words of two exponents are multiples of one power of two, so their difference is
     exact; rounding touches only that of the small second words.
     """
     if queries.exponent is None:
-        return dots
+        return products
     between = (queries.exponent - keys.exponent) * LOG2_E + (queries.rest - keys.rest)
-    return dots * jnp.exp2(between)
+    return products * jnp.exp2(between)
 
 
-def scores(call: Call, a: Array, b: Array) -> Array:
+def dots(call: Call, a: Array, b: Array) -> Array:
     """Return a bᵀ in float32, for operands of different dtypes at the wider one."""
     dtype = jnp.promote_types(a.dtype, b.dtype)
     return _mm(call, a.astype(dtype), b.astype(dtype), tb=True)
+
+
+def scores(call: Call, a: Array, b: Array) -> Array:
+    """Return scale a bᵀ; scaled before it is squared, it need not overflow or vanish there."""
+    return call.scale * dots(call, a, b)
 
 
 def weighted(call: Call, weights: Array, values: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
 from pallas_kernels.pairs import Decay, PairTiles
+from pallas_kernels.squared_attention._tiles import Operands, Outputs
 from pallas_kernels.squared_attention.backward import squared_backward
 from pallas_kernels.squared_attention.forward import squared_forward
 
@@ -27,20 +28,19 @@ def _cases(entry: Entry, *, full: bool) -> list[Case]:
 
     x = operand(batch, entry.length, heads, entry.width, of=dtype)
     exponents = operand(batch, heads, entry.length)
-    inputs = (
+    operands = Operands(
         *(x, x, x),
         Decay(exponents, exponents, exponents, exponents) if full else None,
         operand(batch, entry.length, of=jnp.int32) if full else None,
     )
     dy = operand(*x.shape, of=jnp.float32 if dtype == jnp.float16 else dtype)
-    cotangents = (dy, operand(batch, entry.length, heads))
+    grads = Outputs(dy, operand(batch, entry.length, heads))
     options = {"scale": entry.width**-0.5, "config": PairTiles(**entry.config)}
     suffix = "_full" if full else ""
+    forward, backward = (
+        functools.partial(f, **options) for f in (squared_forward, squared_backward)
+    )
     return [
-        Case(f"squared_forward{suffix}", functools.partial(squared_forward, **options), inputs),
-        Case(
-            f"squared_backward{suffix}",
-            functools.partial(squared_backward, **options),
-            (*inputs, *cotangents),
-        ),
+        Case(f"squared_forward{suffix}", forward, (operands,)),
+        Case(f"squared_backward{suffix}", backward, (operands, grads)),
     ]

@@ -12,6 +12,7 @@ from jaxmem.errors import ConfigError, DTypeError, ShapeError
 from jaxmem.ops.dispatch import explain
 from jaxmem.ops.linear_attention import init_linear_state, linear_attention
 from jaxmem.ops.squared_attention import quadratic_is_shorter, squared_attention, squared_features
+from pallas_kernels._compat import stand_in_gpu
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, Budget, assert_close
 from tests.helpers.linear_attention import (
     IDS,
@@ -69,12 +70,11 @@ def wanted(
 
         def scalar(given: Operands) -> tuple[jax.Array, Any]:
             whole = given if stateful else given._replace(state=zeros)
-            outputs = formula(power, SCALE, whole, **options)
-            read = (
-                outputs[0],
-                outputs[1] if with_total else None,
-                outputs[2] if stateful else None,
-            )
+            y, total, state = formula(power, SCALE, whole, **options)
+            if not with_total:
+                total, state = None, state._replace(total=None)
+            # All pairs of squares leave no state.
+            read = (y, total, state if stateful or power == 1 else None)
             outputs = tuple(leaf for leaf in read if leaf is not None)
             return functional(outputs), outputs
 
@@ -256,7 +256,9 @@ def test_bad_calls_say_what_to_do(op: Any, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ShapeError, match="H a multiple of G"):
         op(q, k, v[:, :, :3])
     with pytest.raises(ShapeError, match="is empty"):
-        op(q[:, :0], k[:, :0], v[:, :0])
+        op(q[..., :0], k[..., :0], v)
+    with pytest.raises(DTypeError, match="segment_ids is float32"):
+        op(q, k, v, segment_ids=jnp.ones((2, 3)))
     with pytest.raises(ShapeError, match="one number per token and head"):
         op(q, k, v, log_decay=jnp.ones((2, 3, 2)))
     with pytest.raises(ShapeError, match="sums per head"):
@@ -276,14 +278,39 @@ def test_a_state_must_know_totals_where_they_are_asked_for():
         linear_attention(q, q, v, initial_state=state, with_total=True)
 
 
-def test_long_rows_of_squares_take_chunks():
-    # Work breaks even at 2 (32 + 136) tokens.
-    assert quadratic_is_shorter(335, 16)
-    assert not quadratic_is_shorter(336, 16)
-    long = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
-    choice = explain("squared_attention", long, long, long)
-    assert (choice.implementation, choice.rejected[0].implementation) == ("xla", "pallas")
-    assert "less work in chunks" in choice.rejected[0].reason
-    # A kernel that is asked for by name runs all the same.
-    named = explain("squared_attention", long, long, long, implementation="pallas")
-    assert named.implementation == "pallas"
+def test_long_rows_of_squares_take_chunks_off_the_gpu_and_the_kernel_on_it():
+    # Times are equal at about 5 (32 + 136) tokens on a CPU.
+    assert quadratic_is_shorter(839, 16)
+    assert not quadratic_is_shorter(840, 16)
+    long = jax.ShapeDtypeStruct((1, 2048, 2, 16), jnp.float32)
+    assert explain("squared_attention", long, long, long).implementation == "xla"
+    with stand_in_gpu("NVIDIA H200"):
+        choice = explain("squared_attention", long, long, long)
+    assert (choice.implementation, choice.reason) == ("pallas", "the preferred implementation")
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_decoding_on_a_gpu_takes_no_kernel_unless_one_is_named(power: int):
+    few, more = (jax.ShapeDtypeStruct((8, t, 2, 64), jnp.float32) for t in (16, 17))
+    op = OPS[power].__name__
+    with stand_in_gpu("NVIDIA H200"):
+        choice = explain(op, few, few, few)
+        assert choice.implementation == "xla"
+        assert choice.reason == (
+            "not pallas: 16 tokens decode, and the kernel is made for rows of many"
+        )
+        assert explain(op, more, more, more).implementation == "pallas"
+        assert explain(op, few, few, few, implementation="pallas").implementation == "pallas"
+
+
+def test_chunks_are_larger_on_a_gpu():
+    state = init_linear_state(1, 2, 16, 16, with_total=False)
+    row = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
+
+    def chunks(q: Any) -> str:
+        options = {"initial_state": state, "implementation": "xla"}
+        return str(jax.make_jaxpr(lambda q: linear_attention(q, q, q, **options))(q))
+
+    with stand_in_gpu("NVIDIA H200"):
+        assert "length=4" in chunks(row)
+    assert "length=16" in chunks(row)

@@ -14,6 +14,8 @@ from pallas_kernels._lock import launches
 from pallas_kernels.linear_attention import (
     NAME,
     LinearAttentionConfig,
+    Operands,
+    Outputs,
     find_config,
     linear_backward,
     linear_forward,
@@ -34,13 +36,6 @@ class Inputs(NamedTuple):
     k: Any
     v: Any
     log_decay: Any
-    memory: Any
-    key_sum: Any
-
-
-class Outputs(NamedTuple):
-    y: Any
-    total: Any
     memory: Any
     key_sum: Any
 
@@ -135,11 +130,12 @@ def found(
 
     @jax.jit
     def both(args: Inputs) -> tuple[Outputs, Inputs]:
-        operands = (*args[:4], document, *args[4:])
-        outputs = Outputs(*linear_forward(*operands, **options))
+        operands = Operands(*args[:4], document, *args[4:])
+        outputs = linear_forward(operands, **options)
         grads = cotangents(outputs)
-        dy = jnp.asarray(grads.y, outputs.y.dtype)
-        return outputs, Inputs(*linear_backward(*operands, dy, *grads[1:], **options))
+        grads = grads._replace(y=jnp.asarray(grads.y, outputs.y.dtype))
+        gradients = linear_backward(operands, grads, **options)
+        return outputs, Inputs(*gradients[:4], *gradients[5:])
 
     return both(args)
 
@@ -296,7 +292,8 @@ def test_calls_without_gates_lower(dtype: Any, packed: bool):
     memory = jax.ShapeDtypeStruct((2, 4, 40, 24), jnp.float32)
     document = jax.ShapeDtypeStruct((2, 33), jnp.int32) if packed else None
     run = functools.partial(linear_forward, scale=0.1)
-    lowered = lower_for_cuda(run, *operands(dtype), None, document, memory, None)
+    given = Operands(*operands(dtype), None, document, memory, None)
+    lowered = lower_for_cuda(run, given)
     assert kernel_names(lowered) == ["linear_forward"]
 
 

@@ -169,6 +169,9 @@ def test_bad_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
             polynomial_attention(x, x, x, scale=scale, coefficients=3)
     with pytest.raises(KernelUnsupported, match=r"no implementation 'pallas'.*xla, reference"):
         polynomial_attention(x, x, x, implementation="pallas", **good)
+    ids = jnp.ones((2, 3))
+    with pytest.raises(DTypeError, match="segment_ids is float32"):
+        polynomial_attention(x, x, x, places=Places(ids, ids, ids, ids), **good)
     with pytest.raises(ShapeError, match="without `places`"):
         polynomial_attention(x, x[:, :2], x[:, :2], **good)
     with pytest.raises(ShapeError, match="keys that fit q"):

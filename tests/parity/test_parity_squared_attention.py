@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmem.errors import KernelUnsupported
 from jaxmem.mixers.base import build
 from jaxmem.mixers.two_mamba import TwoMambaConfig
 from jaxmem.nn.init import uniform_init
 from jaxmem.ops.dispatch import explain, recording_choices
-from jaxmem.ops.linear_attention import LinearRead, init_linear_state
-from jaxmem.ops.squared_attention import feature_count, squared_attention
+from jaxmem.ops.linear_attention import init_linear_state
+from jaxmem.ops.squared_attention import SquaredOutput, feature_count, squared_attention
 from jaxmem.reports.benchmark import baselines
 from pallas_kernels._compat import stand_in_gpu
 from tests.helpers.compare import GRADIENT, assert_close
@@ -27,20 +28,19 @@ def empty(batch: int, dtype: Any = jnp.float32) -> Any:
     return init_linear_state(*shape, with_total=True, dtype=dtype)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "pallas"])
-def test_with_a_state_the_name_of_the_kernel_means_what_auto_does(implementation: Any):
-    q = jnp.ones((1, 3, HEADS, WIDTH))
-    options = {"initial_state": empty(1), "with_total": True, "implementation": implementation}
+def test_with_a_state_auto_takes_chunks_and_the_kernel_raises():
+    q = jnp.ones((1, 20, HEADS, WIDTH))
+    options: dict[str, Any] = {"initial_state": empty(1), "with_total": True}
     with stand_in_gpu(), recording_choices() as choices:
         jax.eval_shape(lambda q: squared_attention(q, q, q, **options), q)
         explained = explain("squared_attention", q, q, q, **options)
-    assert [explained] == choices
-    assert explained.implementation == "xla"
-    assert explained.reason == f"not pallas: {explained.rejected[0].reason}"
-    assert "with a state the recurrence runs" in explained.reason
-    # The kernel reads rows without one.
-    whole = explain("squared_attention", q, q, q, implementation="pallas")
-    assert whole.implementation == "pallas"
+        assert [explained] == choices
+        assert explained.implementation == "xla"
+        assert "with a state the recurrence runs" in explained.reason
+        # The kernel reads rows without one.
+        assert explain("squared_attention", q, q, q).implementation == "pallas"
+        with pytest.raises(KernelUnsupported, match=r"'pallas': .*with a state.*xla, reference"):
+            squared_attention(q, q, q, implementation="pallas", **options)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
@@ -111,7 +111,7 @@ def test_totals_that_cancel(implementation: Any, share: float):
     total, bound = totals(q, k, gates)
     narrow = tuple(jnp.asarray(a, jnp.float32) for a in (q, k, v, gates))
 
-    def read(*operands: jax.Array) -> LinearRead:
+    def read(*operands: jax.Array) -> SquaredOutput:
         q, k, v, gates = operands
         options = {"scale": SCALE, "with_total": True, "chunk_size": 8}
         options |= {"initial_state": empty(1), "implementation": implementation}
@@ -142,7 +142,8 @@ def test_a_negative_total_is_rounding_and_has_no_gradient():
 
     def total(sums: jax.Array) -> Any:
         held = state._replace(total=sums)
-        return squared_attention(q, 0.0 * q, q, with_total=True, initial_state=held).total
+        options = {"scale": 1.0, "with_total": True, "initial_state": held}
+        return squared_attention(q, 0.0 * q, q, **options).total
 
     np.testing.assert_array_equal(total(state.total)[0, 0], [0.0, 1.0])
     grad = jax.grad(lambda sums: jnp.sum(total(sums)))(state.total)

@@ -15,6 +15,8 @@ from pallas_kernels._lock import launches
 from pallas_kernels.pairs import Decay, PairTiles
 from pallas_kernels.squared_attention import (
     KERNEL,
+    Operands,
+    Outputs,
     find_config,
     squared_backward,
     squared_forward,
@@ -144,7 +146,10 @@ def direct(args: Inputs, scale: float) -> Results:
 @functools.cache
 def both_passes(**options: Any) -> Any:
     def both(args: Inputs) -> Results:
-        return Results(*squared_forward(*args[:5], **options), *squared_backward(*args, **options))
+        operands, grads = Operands(*args[:5]), Outputs(*args[5:])
+        *gradients, decay = squared_backward(operands, grads, **options)
+        at = (None, None) if decay is None else (decay.query, decay.key)
+        return Results(*squared_forward(operands, **options), *gradients, *at)
 
     return jax.jit(both)
 
@@ -277,7 +282,9 @@ def test_precision_of_float32_products(precision: Any):
 
     def both(args: Inputs, **options: Any) -> tuple:
         options = options | {"scale": 1.0}
-        return squared_forward(*args[:5], **options), squared_backward(*args, **options)
+        operands, grads = Operands(*args[:5]), Outputs(*args[5:])
+        backward = squared_backward(operands, grads, **options)
+        return squared_forward(operands, **options), backward
 
     asked = lower_for_cuda(functools.partial(both, precision=precision), args).as_text()
     unasked = lower_for_cuda(both, args).as_text()

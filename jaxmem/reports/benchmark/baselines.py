@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmem.ops.attention_terms import cumulative
-from jaxmem.ops.linear_attention import LinearRead, init_linear_state
+from jaxmem.ops.linear_attention import init_linear_state
 from jaxmem.ops.similarity import Pairs, similarity_sums
-from jaxmem.ops.squared_attention import feature_count, squared_attention
+from jaxmem.ops.squared_attention import SquaredOutput, feature_count, squared_attention
 from pallas_kernels.pairs import Decay
 
 
@@ -117,7 +117,7 @@ def squared_by_pairs(q: Array, k: Array, v: Array, log_decay: Array) -> Array:
     return _divided(y, total).astype(v.dtype)
 
 
-def normalised(read: LinearRead) -> Array:
+def normalised(read: SquaredOutput) -> Array:
     """Return the mean of the values from the sums that a call with totals returns."""
     total: Any = read.total
     return _divided(read.y, total)
@@ -136,7 +136,6 @@ def squared_by_chunks(q: Array, k: Array, v: Array, log_decay: Array, *, chunk_s
         q,
         k,
         v,
-        scale=q.shape[-1] ** -0.5,
         log_decay=log_decay,
         with_total=True,
         # With a state it takes chunks.

@@ -67,7 +67,6 @@ def _linear(
         q,
         k,
         v,
-        scale=q.shape[-1] ** -0.5,
         log_decay=log_decay,
         implementation=implementation,
         chunk_size=chunk_size,
@@ -78,13 +77,7 @@ def _squared(
     q: Array, k: Array, v: Array, log_decay: Array, *, implementation: Implementation
 ) -> Array:
     read = squared_attention(
-        q,
-        k,
-        v,
-        scale=q.shape[-1] ** -0.5,
-        log_decay=log_decay,
-        with_total=True,
-        implementation=implementation,
+        q, k, v, log_decay=log_decay, with_total=True, implementation=implementation
     )
     return baselines.normalised(read).astype(v.dtype)
 
@@ -113,10 +106,7 @@ def _gated(
 
 
 def _polynomial(q: Array, k: Array, v: Array, *, implementation: Implementation) -> Array:
-    scale = q.shape[-1] ** -0.5
-    read = polynomial_attention(
-        q, k, v, coefficients=TERMS, scale=scale, implementation=implementation
-    )
+    read = polynomial_attention(q, k, v, coefficients=TERMS, implementation=implementation)
     return (read.y / read.total[..., None]).astype(v.dtype)
 
 

@@ -11,8 +11,13 @@ import numpy as np
 
 from jaxmem.ops.attention import attention, attention_with_lse
 from jaxmem.ops.dispatch import Implementation
-from jaxmem.ops.linear_attention import LinearRead, init_linear_state, linear_attention
-from jaxmem.ops.squared_attention import feature_count, squared_attention, squared_features
+from jaxmem.ops.linear_attention import LinearOutput, init_linear_state, linear_attention
+from jaxmem.ops.squared_attention import (
+    SquaredOutput,
+    feature_count,
+    squared_attention,
+    squared_features,
+)
 from tests.golden.adapters import Arrays, Golden, cast
 from tests.golden.adapters.common import Values, keyed, with_gradients
 
@@ -125,18 +130,18 @@ def _read(
     k: jax.Array,
     v: jax.Array,
     log_decay: jax.Array | None,
-) -> LinearRead:
+) -> LinearOutput | SquaredOutput:
     op = squared_attention if squared else linear_attention
     state = None
     if stateful:
         features = feature_count(q.shape[-1]) if squared else q.shape[-1]
         shape = (v.shape[0], v.shape[2], features, v.shape[3])
         state = init_linear_state(*shape, with_total=True, dtype=q.dtype)
-    options = {"log_decay": log_decay, "with_total": True, "initial_state": state}
+    options = {"log_decay": log_decay, "with_total": True, "initial_state": state, "scale": 1.0}
     return op(q, k, v, implementation=form, chunk_size=8, **options)
 
 
-def _shares(read: LinearRead) -> jax.Array:
+def _shares(read: LinearOutput | SquaredOutput) -> jax.Array:
     """Return values weighed by shares, 0 where all weights are 0."""
     total = read.total[..., None]
     return jnp.where(total == 0.0, 0.0, read.y / jnp.where(total == 0.0, 1.0, total))
@@ -145,8 +150,7 @@ def _shares(read: LinearRead) -> jax.Array:
 def _edge(form: Implementation, inputs: Values) -> Values:
     """Return rows without any weight as ours (0), and as upstream's path without kernels."""
     a = _tokens_first(inputs)
-    scale = a["q"].shape[-1] ** -0.5
-    options = {"scale": scale, "with_total": True, "implementation": form}
+    options = {"with_total": True, "implementation": form}
     read = linear_attention(a["q"], a["k"], a["v"], **options)
     empty = (read.total == 0.0)[..., None]
     upstream = jnp.where(empty, jnp.cumsum(a["v"], axis=1), _shares(read))
