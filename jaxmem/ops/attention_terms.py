@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxmem.shapes import Key, SegmentIds
 from pallas_kernels import _dropout

@@ -9,8 +9,12 @@ import pytest
 from jax import Array
 
 from jaxmem.errors import KernelUnsupported
+from jaxmem.ops.dispatch import implementations, recording_choices
 from jaxmem.ops.platforms import Kernel, on_cpu_or_elsewhere, run_kernel
-from pallas_kernels._compat import launch, load, pl, stand_in_gpu, store
+from pallas_kernels import _compat
+from pallas_kernels._compat import Target, launch, load, pl, stand_in_gpu, store
+from tests.helpers.compare import GRADIENT, assert_close
+from tests.helpers.op_calls import CALLS
 
 X, TABLE = jnp.linspace(0.1, 0.9, 16), jnp.array([1, 0], jnp.int32)
 
@@ -97,3 +101,24 @@ def test_plain_forms_of_a_cpu_and_of_another_platform():
         True,
         False,
     )
+
+
+@pytest.mark.parametrize("name", [n for n, c in CALLS.items() if "pallas" in implementations(c.op)])
+def test_every_op_runs_on_the_cpu_of_a_process_with_a_gpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    call = CALLS[name]
+    longer = call._replace(sizes={**call.sizes, **dict.fromkeys("TS", max(40, call.sizes["T"]))})
+
+    def total(operands: dict[str, Array], implementation: Any) -> Array:
+        found = jax.tree.leaves(call.run(**operands, implementation=implementation))
+        return sum(jnp.sum(jnp.sin(y)) for y in found)
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    expected = run(longer.operands(), "xla")
+    monkeypatch.setattr(_compat, "_local_gpu", lambda: Target("NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with recording_choices() as choices:
+        found = run(longer.operands(), "auto")
+    assert {(c.implementation, c.elsewhere) for c in choices} == {("pallas", "xla")}
+    assert_close(found, expected, GRADIENT)
