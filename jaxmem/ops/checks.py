@@ -64,7 +64,7 @@ def check_axes(op: str, name: str, array: Any, axes: str) -> None:
         )
 
 
-def check_shape(op: str, name: str, array: Any, expected: tuple[Any, ...], what: str) -> None:
+def check_shape(op: str, name: str, array: Any, expected: tuple[int, ...], what: str) -> None:
     """Check that an argument has the one shape that fits the others; None passes.
 
     Raises:
@@ -75,7 +75,7 @@ def check_shape(op: str, name: str, array: Any, expected: tuple[Any, ...], what:
 
 
 def check_documents(
-    op: str, tokens: tuple[Any, ...], segment_ids: Any, initial_segment: Any = None
+    op: str, tokens: tuple[int, ...], segment_ids: Any, initial_segment: Any = None
 ) -> None:
     """Check the documents of packed rows against the axes [B T] of their tokens.
 
