@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxmem.ops.persistent_read import persistent_read
     from jaxmem.ops.polynomial_attention import PolynomialOutput, polynomial_attention
     from jaxmem.ops.rope import rope
+    from jaxmem.ops.sharded import sharded
     from jaxmem.ops.squared_attention import SquaredOutput, squared_attention
     from jaxmem.ops.weighted_average import WeightedState, weighted_average
 
@@ -40,6 +41,7 @@ _HOMES = {
     "persistent_read": "jaxmem.ops.persistent_read",
     "polynomial_attention": "jaxmem.ops.polynomial_attention",
     "rope": "jaxmem.ops.rope",
+    "sharded": "jaxmem.ops.sharded",
     "squared_attention": "jaxmem.ops.squared_attention",
     "use_implementation": "jaxmem.ops.dispatch",
     "weighted_average": "jaxmem.ops.weighted_average",
@@ -63,6 +65,7 @@ __all__ = [
     "persistent_read",
     "polynomial_attention",
     "rope",
+    "sharded",
     "squared_attention",
     "use_implementation",
     "weighted_average",

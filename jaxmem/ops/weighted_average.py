@@ -39,6 +39,16 @@ LIMIT = 1e32
 """Largest size of a log-weight or log-decay; what exceeds it, such as -inf, counts as this."""
 
 
+Broadcast = (
+    Float[Array, "#B #T #H _"]
+    | Float[Array, "#T #H _"]
+    | Float[Array, "#H _"]
+    | Float[Array, "_"]
+    | Float[Array, ""]
+)
+"""What broadcasts to a log-weight."""
+
+
 class WeightedState(NamedTuple):
     """What a weighted average carries from token to token, float32 or wider."""
 
@@ -59,9 +69,9 @@ def init_weighted_state(
 def weighted_average(
     values: Float[Array, "B T H V"],
     log_weight: Float[Array, "B T H W"],
-    log_decay: Float[Array, "..."],
+    log_decay: Broadcast,
     *,
-    bonus: Float[Array, "..."] | None = None,
+    bonus: Broadcast | None = None,
     initial_state: WeightedState | None = None,
     segment_ids: SegmentIds | None = None,
     initial_segment: RowInts | None = None,
