@@ -19,9 +19,21 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
+
+pytest_plugins = ["tests.helpers.budget"]
 
 jax.config.update("jax_default_matmul_precision", "highest")
 install_import_hook(
     ["jaxmem.ops", "jaxmem.nn", "jaxmem.mixers", "jaxmem.backbones"], "beartype.beartype"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Leave the user's cache of compiled programs alone; all workers of a session share one."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["JAXMEM_CACHE"] = str(folder / "cache")

@@ -1,5 +1,11 @@
-"""The whole way through the command line: train, again, evaluate, sample; and being stopped."""
+"""The whole way through the command line: train, again, evaluate, sample; and being stopped.
 
+The way is gone once in processes of its own, and for further presets in this one.
+"""
+
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
@@ -10,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from experiments import cli
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +34,6 @@ FILES = [
     "lock",
     "log.txt",
 ]
-# One device, unlike the other tests; level 0 halves the time to compile.
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "COLUMNS": "100",
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +43,26 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """Compile each program once for all verbs of this file, outside the user's own cache."""
-    ENVIRONMENT["JAXMEM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
 def verb(name, *args, code=0):
+    """Run a verb here; return its output, or what it says of a mistake."""
+    main = importlib.import_module(f"experiments.{name}").main
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        cli.run(main, [*map(str, args)])
+    assert stopped.value.code == code, out.getvalue() + err.getvalue()
+    return out.getvalue() if code == 0 else err.getvalue()
+
+
+def process(name, *args):
+    """Start a verb as users do."""
     command = [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
+    # One device, unlike the other tests; level 0 halves the time to compile.
+    own = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "COLUMNS": "100"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | own)
 
 
 def train_args(preset, text, folder, steps):
@@ -102,7 +112,7 @@ def test_train_evaluate_sample(preset, text, tmp_path):
 def test_two_mamba_trains_and_samples(name, text, tmp_path):
     run = tmp_path / "run"
     args = train_args(f"two_mamba_{name}_tiny", text, run, 20)
-    out = verb("train", *args, "--run.samples", 1)
+    out = verb("train", *args, "--run.samples", 1, "--model.depth", 1)
     assert "Finished at step 20" in out
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -124,20 +134,25 @@ def test_mixer_flag_saved_config_and_folder_of_another_run(text, tmp_path):
     assert "Traceback" not in err
 
 
-def test_preempted_run_exits_with_75_and_goes_on(text, tmp_path):
+def test_preempted_run_exits_with_75_and_is_evaluated_and_sampled(text, tmp_path):
     run = tmp_path / "run"
-    args = train_args("mm_tiny", text, run, 100_000)
-    command = [sys.executable, "-m", "experiments.train", *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
-        _wait_for(run / "metrics.jsonl", process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75
+    with process("train", *train_args("mm_tiny", text, run, 100_000)) as training:
+        _wait_for(run / "metrics.jsonl", training)
+        training.send_signal(signal.SIGTERM)
+        training.communicate(timeout=60)
+    assert training.returncode == 75
     assert not (run / "run.md").exists()
-    assert "best checkpoint" in verb("evaluate", "--run", run)
+    prompt = ["--prompt", "To be", "--max-new-tokens", 100]
+    # Both at once, as nothing keeps users from it.
+    with process("evaluate", "--run", run) as one, process("sample", "--run", run, *prompt) as two:
+        evaluated, sampled = one.communicate(timeout=120)[0], two.communicate(timeout=120)[0]
+    assert (one.returncode, two.returncode) == (0, 0)
+    assert "best checkpoint" in evaluated
+    assert re.fullmatch(r"To be(.|\n){100}\n", sampled)
 
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (path.exists() and path.read_bytes().count(b"\n") > 2):
         assert process.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline, "the run never reported"

@@ -22,12 +22,14 @@ from jaxmem.mixers.mamba2 import Mamba2Config
 from jaxmem.mixers.two_mamba import TwoMambaConfig
 from jaxmem.nn.init import uniform_init
 
-DIM, HEADS, BATCH, CUT = 8, 2, 2, 4
+DIM, HEADS, BATCH, CHUNK = 8, 2, 2, 3
 # Padding before, between, inside and after documents, the first of which is that of the state.
-IDS = np.array([0, 1, 1, 0, 1, 2, 2, 0, 2, 2, 0])
+IDS = np.array([0, 1, 1, 0, 1, 2, 2, 0, 2, 2, 0, 0])
 LENGTH = len(IDS)
 PACKED = np.stack([IDS, np.zeros_like(IDS)])  # and a row of padding alone
-OPTIONS = {"num_heads": HEADS, "chunk_size": 3}
+DOCUMENTS = [np.flatnonzero(n == IDS) for n in (1, 2)]
+CUT = 4
+OPTIONS = {"num_heads": HEADS, "chunk_size": CHUNK}
 
 
 def configs() -> dict[str, MixerConfig]:
@@ -39,7 +41,7 @@ def configs() -> dict[str, MixerConfig]:
         f"fixed-{name}": from_name(name, "attention", fixed=True, **OPTIONS) for name in FIXED
     }
     named |= {f"mamba-{name}": from_name(name, **OPTIONS) for name in MAMBA}
-    half = {"head_dim": DIM // 2, "state_dim": 4, "chunk_size": 3}
+    half = {"head_dim": DIM // 2, "state_dim": 4, "chunk_size": CHUNK}
     named["mamba-mamba"] = Mamba2Config(ssm_dim=DIM // 2, **half)
     return named
 
@@ -59,81 +61,86 @@ class Runs(NamedTuple):
 
     chunked: Any
     steps: Any
-    split: Any
     packed: Any
-    alone: Any
-    state: Any
+    states: tuple[Any, Any]
+    """After the last chunk and after the last step."""
 
 
 class Case:
     """A mixer with random parameters in float64."""
 
     def __init__(self, config: MixerConfig, batch: int = BATCH, length: int = LENGTH):
-        self.config, self.length = config, length
+        self.config = config
         self.mixer = build(config, DIM, init=uniform_init(), rngs=nnx.Rngs(0))
         self.graph, start = nnx.split(self.mixer, nnx.Param)
-        leaves, tree = jax.tree.flatten(start)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        moved = [
-            jnp.asarray(p, jnp.float64) + 0.3 * jax.random.normal(k, p.shape, jnp.float64)
-            for p, k in zip(leaves, keys, strict=True)
-        ]
-        self.params = jax.tree.unflatten(tree, moved)
-        self.x = jax.random.normal(jax.random.key(2), (batch, length, DIM), jnp.float64)
-        self.whole = jax.jit(self.both(lambda mixer, x: mixer(x).y))
+        draw = np.random.default_rng(1)
+        self.params = jax.tree.map(lambda p: np.asarray(p) + 0.3 * draw.normal(size=p.shape), start)
+        self.x = draw.normal(size=(batch, length, DIM))
+        self.weights = np.cos(np.arange(self.x.size)).reshape(self.x.shape)
+        """Of the sum of outputs that is differentiated."""
+        self.whole = jax.jit(self.both(lambda mixer, x: (mixer(x).y, None)))
 
-    def both(self, run: Callable[[Mixer, jax.Array], jax.Array]) -> Callable:
-        """Return a function of parameters and inputs to outputs and gradients."""
+    def fresh(self) -> Any:
+        """Return the state before any token."""
+        return self.mixer.init_state(len(self.x), max_len=self.x.shape[1], dtype=jnp.float64)
 
-        def scalar(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = run(nnx.merge(self.graph, params), x)
-            return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+    def both(self, run: Callable[[Mixer, jax.Array], tuple[jax.Array, Any]]) -> Callable:
+        """Return a function of parameters, inputs and weights to outputs, gradients and state."""
 
-        def function(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-            (_, y), grads = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
-            return y, grads
+        def scalar(params: Any, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
+            y, state = run(nnx.merge(self.graph, params), x)
+            return jnp.sum(y * weights), (y, state)
+
+        def function(params: Any, x: jax.Array, weights: jax.Array) -> tuple[Any, Any]:
+            grad = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)
+            (_, (y, state)), grads = grad(params, x, weights)
+            return (y, grads), state
 
         return function
 
     def runs(self) -> Runs:
         """Run every other form in one program."""
 
+        def chunked(mixer: Mixer, x: jax.Array) -> tuple[jax.Array, Any]:
+            return mixer(x, self.fresh(), form="chunked")[:2]
+
+        def packed(mixer: Mixer, x: jax.Array) -> tuple[jax.Array, Any]:
+            return mixer(x, segment_ids=jnp.asarray(PACKED)).y, None
+
         @jax.jit
-        def program(params: Any, x: jax.Array) -> Runs:
-            mixer = nnx.merge(self.graph, params)
-            fresh = mixer.init_state(BATCH, max_len=self.length, dtype=x.dtype)
-            first = mixer(x[:, :CUT], fresh)
-            second = mixer(x[:, CUT:], first.state, form="chunked")
-            packed = self.both(lambda m, x: m(x, segment_ids=jnp.asarray(PACKED)).y)
-            return Runs(
-                self.both(lambda m, x: m(x, form="chunked").y)(params, x),
-                self.both(_steps)(params, x),
-                jnp.concatenate([first.y, second.y], axis=1),
-                packed(params, x),
-                self.both(_documents)(params, x),
-                second.state,
-            )
+        def program(*args: Any) -> Runs:
+            by_chunks, last = self.both(chunked)(*args)
+            # Gradients of single tokens behind a state are those of the rest of one token, below.
+            by_steps, end = _steps(nnx.merge(self.graph, args[0]), args[1], self.fresh())
+            return Runs(by_chunks, by_steps, self.both(packed)(*args)[0], (last, end))
 
-        return program(self.params, self.x)
+        return program(self.params, self.x, self.weights)
+
+    def alone(self) -> Any:
+        """Return outputs and gradients of each document by itself, at its place in packed rows.
+
+        Documents are rows of the program that runs whole rows. Tokens behind a document fill its
+        row; that it does not see them is a law of its own.
+        """
+        x, weights = self.x[:, ::-1].copy(), np.zeros_like(self.weights)
+        for row, places in enumerate(DOCUMENTS):
+            x[row, : len(places)] = self.x[0, places]
+            weights[row, : len(places)] = self.weights[0, places]
+        (y, (params, inputs)), _ = self.whole(self.params, x, weights)
+        moved = np.zeros((2, *self.x.shape))
+        for row, places in enumerate(DOCUMENTS):
+            moved[0, 0, places] = y[row, : len(places)]
+            moved[1, 0, places] = inputs[row, : len(places)]
+        return moved[0], (params, moved[1])
 
 
-def _steps(mixer: Mixer, x: jax.Array) -> jax.Array:
+def _steps(mixer: Mixer, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
     def body(state: Any, token: jax.Array) -> tuple[Any, jax.Array]:
         out = mixer.step(token, state)
         return out.state, out.y
 
-    fresh = mixer.init_state(x.shape[0], max_len=x.shape[1], dtype=x.dtype)
-    _, y = jax.lax.scan(body, fresh, jnp.moveaxis(x, 1, 0))
-    return jnp.moveaxis(y, 0, 1)
-
-
-def _documents(mixer: Mixer, x: jax.Array) -> jax.Array:
-    """Read each document of the first row by itself; the second row has none."""
-    y = jnp.zeros_like(x)
-    for document in (1, 2):
-        places = np.flatnonzero(document == IDS)
-        y = y.at[:1, places].set(mixer(x[:1, places]).y)
-    return y
+    end, y = jax.lax.scan(body, state, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(y, 0, 1), end
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -153,34 +160,39 @@ def _float64():
 @pytest.mark.parametrize("name", DISTINCT.values())
 def test_laws_of_a_name(name: str):
     case = Case(NAMES[name])
-    y, grads = case.whole(case.params, case.x)
-    assert float(jnp.std(y)) > 1e-3
+
+    def outputs(x: Any, params: Any = case.params) -> Any:
+        return case.whole(params, x, case.weights)[0]
+
+    y, grads = outputs(case.x)
+    assert float(np.std(y)) > 1e-3
     runs = case.runs()
-    # Forms and splitting.
+    # Forms, each of which splits a row: at the edges of chunks, and everywhere.
     close(runs.chunked, (y, grads))
-    close(runs.steps, (y, grads))
-    close(runs.split, y)
+    close(runs.steps, y)
+    close(*runs.states)
     # Packing: padding is silent, documents are alone.
     np.testing.assert_array_equal(runs.packed[0][PACKED == 0], 0.0)
     np.testing.assert_array_equal(runs.packed[1][1][PACKED == 0], 0.0)
-    close(runs.packed, runs.alone)
+    close(runs.packed, case.alone())
     # Causality, to the bit, and that there is something to see.
-    later, _ = case.whole(case.params, case.x.at[:, CUT:].set(2.0))
+    changed = np.where(np.arange(LENGTH)[:, None] < CUT, case.x, 2.0)
+    later, _ = outputs(changed)
     np.testing.assert_array_equal(later[:, :CUT], y[:, :CUT])
-    assert float(jnp.max(jnp.abs(later[:, CUT:] - y[:, CUT:]))) > 1e-3
+    assert float(np.max(np.abs(later[:, CUT:] - y[:, CUT:]))) > 1e-3
     # No surprises, and no row that knows another.
-    again, _ = case.whole(case.params, case.x)
+    again, _ = outputs(case.x)
     np.testing.assert_array_equal(again, y)
-    swapped, _ = case.whole(case.params, case.x[::-1])
+    swapped, _ = outputs(case.x[::-1])
     close(swapped[::-1], y)
     # Finite where everything is zero, also in the backward pass.
-    for nothing in (jax.tree.map(jnp.zeros_like, case.params), case.params):
-        found = case.whole(nothing, jnp.zeros_like(case.x))
-        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(found))
+    for nothing in (jax.tree.map(np.zeros_like, case.params), case.params):
+        found = outputs(np.zeros_like(case.x), nothing)
+        assert all(bool(np.all(np.isfinite(leaf))) for leaf in jax.tree.leaves(found))
     # A state of constant shape, whose size is known without making it.
-    fresh = case.mixer.init_state(BATCH, max_len=LENGTH, dtype=jnp.float64)
-    chex_shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(s)] for s in (fresh, runs.state)]
-    assert chex_shapes[0] == chex_shapes[1]
+    fresh = jax.eval_shape(case.fresh)
+    for state in runs.states:
+        assert jax.eval_shape(lambda state=state: state) == fresh
     assert all(leaf.shape[0] == BATCH for leaf in jax.tree.leaves(fresh))
     single = case.mixer.init_state(BATCH, max_len=LENGTH)
     assert case.mixer.state_bytes(BATCH, LENGTH) == sum(a.nbytes for a in jax.tree.leaves(single))
@@ -266,14 +278,15 @@ def test_forms_of_a_row_at_other_shapes(row: int):
     """One token, two, and a whole chunk with a rest of one; the batch is odd."""
     config = dataclasses.replace(ROWS[row], chunk_size=64)
     case = Case(config, batch=3, length=65)
+    grads = lambda run: case.both(lambda m, x: (run(m, x), None))  # noqa: E731
     whole, chunked, steps, short = jax.jit(
-        lambda p, x: (
-            case.both(lambda m, x: m(x).y)(p, x),
-            case.both(lambda m, x: m(x, form="chunked").y)(p, x),
-            _steps(nnx.merge(case.graph, p), x),
+        lambda p, x, w: (
+            grads(lambda m, x: m(x).y)(p, x, w)[0],
+            grads(lambda m, x: m(x, form="chunked").y)(p, x, w)[0],
+            _steps(nnx.merge(case.graph, p), x, case.fresh())[0],
             [nnx.merge(case.graph, p)(x[:, :length]).y for length in (1, 2)],
         )
-    )(case.params, case.x)
+    )(case.params, case.x, case.weights)
     close(chunked, whole)
     close(steps, whole[0])
     for y in short:
