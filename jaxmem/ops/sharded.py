@@ -67,9 +67,10 @@ def sharded(
       ShapeError: when it is called: rows, heads or groups do not divide over their devices.
     """
     plan = _Plan(op.__name__, mesh, *((a,) if isinstance(a, str) else a for a in (rows, heads)))
-    hints = typing.get_type_hints(op)
-    _check_axes(plan, hints)
     signature = inspect.signature(op)
+    hints = {name: each.annotation for name, each in signature.parameters.items()}
+    hints["return"] = signature.return_annotation
+    _check_axes(plan, hints)
 
     @functools.wraps(op)
     def call(*args: Any, **options: Any) -> Any:
