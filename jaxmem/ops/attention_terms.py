@@ -69,7 +69,7 @@ def cumulative(log_forget: Array) -> tuple[Array, Array]:
     return _cumulative(log_forget)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _cumulative(log_forget: Array) -> tuple[Array, Array]:
     digits = jnp.finfo(log_forget.dtype).nmant - 1
     total = jnp.sum(jnp.abs(log_forget), axis=1, keepdims=True)
@@ -79,15 +79,10 @@ def _cumulative(log_forget: Array) -> tuple[Array, Array]:
     return jnp.cumsum(coarse, axis=1), jnp.cumsum(log_forget - coarse, axis=1)
 
 
-def _cumulative_forward(log_forget: Array) -> tuple[tuple[Array, Array], None]:
-    return _cumulative(log_forget), None
-
-
-def _cumulative_backward(_: None, grads: tuple[Array, Array]) -> tuple[Array]:
-    return (jax.lax.cumsum(grads[0], axis=1, reverse=True),)
-
-
-_cumulative.defvjp(_cumulative_forward, _cumulative_backward)
+@_cumulative.defjvp
+def _differentiate_cumulative(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+    tangent = jnp.cumsum(tangents[0], axis=1)
+    return _cumulative(*primals), (tangent, jnp.zeros_like(tangent))
 
 
 def visible(rule: Rule, places: Places | None, queries: Array, keys: Array) -> Array:

@@ -21,7 +21,7 @@ def label(entry: Entry) -> str:
 @pytest.mark.parametrize("entry", launches(NAME), ids=label)
 def test_every_entry_lowers(entry: Entry):
     for case in cases(entry):
-        x = case.operands[0]
+        x = case.operands[0][0]
         splits = layout(GatedScanConfig(**entry.config), x.shape).splits
         first = case.name.replace("forward", "ends").replace("backward", "handed")
         wanted = [first, case.name] if splits > 1 else [case.name]

@@ -29,10 +29,10 @@ from jaxmem.ops.squared_attention import squared_attention
 from jaxmem.ops.weighted_average import init_weighted_state, weighted_average
 from pallas_kernels._compat import stand_in_gpu
 
-X = jnp.ones((2, 5, 2, 16))
-FLAT = jnp.ones((2, 5, 16))
+X = jnp.ones((2, 17, 2, 16))  # more tokens than count as decoding
+FLAT = jnp.ones((2, 17, 16))
 TABLE = jnp.ones((1, 2, 7, 16))
-IDS = jnp.ones((2, 5), jnp.int32)
+IDS = jnp.ones((2, 17), jnp.int32)
 LINEAR_STATE = init_linear_state(2, 2, 16, 16, with_total=False)
 DROPOUT = Dropout(0.1, jax.random.key(0))
 CALLS: dict[str, list[tuple[Any, tuple, dict[str, Any]]]] = {
