@@ -11,26 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
     from jaxmem.ops.dispatch import explain, use_implementation
-    from jaxmem.ops.gated_scan import gated_scan
-    from jaxmem.ops.leaky_average import LeakyState, leaky_average
+    from jaxmem.ops.gated_scan import GatedScanOutput, gated_scan
+    from jaxmem.ops.leaky_average import LeakyOutput, LeakyState, leaky_average
     from jaxmem.ops.linear_attention import LinearOutput, LinearState, linear_attention
     from jaxmem.ops.persistent_read import persistent_read
     from jaxmem.ops.polynomial_attention import PolynomialOutput, polynomial_attention
     from jaxmem.ops.rope import rope
     from jaxmem.ops.sharded import sharded
     from jaxmem.ops.squared_attention import SquaredOutput, squared_attention
-    from jaxmem.ops.weighted_average import WeightedState, weighted_average
+    from jaxmem.ops.weighted_average import WeightedOutput, WeightedState, weighted_average
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Dropout": "jaxmem.ops.attention",
+    "GatedScanOutput": "jaxmem.ops.gated_scan",
+    "LeakyOutput": "jaxmem.ops.leaky_average",
     "LeakyState": "jaxmem.ops.leaky_average",
     "LinearOutput": "jaxmem.ops.linear_attention",
     "LinearState": "jaxmem.ops.linear_attention",
     "Places": "jaxmem.ops.attention",
     "PolynomialOutput": "jaxmem.ops.polynomial_attention",
     "SquaredOutput": "jaxmem.ops.squared_attention",
+    "WeightedOutput": "jaxmem.ops.weighted_average",
     "WeightedState": "jaxmem.ops.weighted_average",
     "attention": "jaxmem.ops.attention",
     "attention_with_lse": "jaxmem.ops.attention",
@@ -49,12 +52,15 @@ _HOMES = {
 
 __all__ = [
     "Dropout",
+    "GatedScanOutput",
+    "LeakyOutput",
     "LeakyState",
     "LinearOutput",
     "LinearState",
     "Places",
     "PolynomialOutput",
     "SquaredOutput",
+    "WeightedOutput",
     "WeightedState",
     "attention",
     "attention_with_lse",

@@ -64,6 +64,11 @@ def check_axes(op: str, name: str, array: Any, axes: str) -> None:
         )
 
 
+def is_empty(array: Any) -> bool:
+    """Return whether an array has an axis without any entry; symbolic sizes count as some."""
+    return any(isinstance(size, int) and size == 0 for size in array.shape)
+
+
 def check_shape(op: str, name: str, array: Any, expected: tuple[int, ...], what: str) -> None:
     """Check that an argument has the one shape that fits the others; None passes.
 

@@ -48,6 +48,16 @@ class Slower(str):
     __slots__ = ()
 
 
+_FEW = 16
+
+
+def few_tokens(length: int) -> Slower | None:
+    """Say that a call has too few tokens (or queries) for kernels that are built for long rows."""
+    if length > _FEW:
+        return None
+    return Slower(f"kernels are built for long rows, and this call has {length} tokens")
+
+
 class _Op(NamedTuple):
     """A declared op."""
 

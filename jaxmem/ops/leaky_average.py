@@ -7,7 +7,6 @@ the same recurrence run on ones. They differ by a positive factor per head and t
 made of them are equal.
 """
 
-import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -17,23 +16,25 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxmem.errors import ConfigError, ShapeError, unknown_name
-from jaxmem.ops import leaky_average_xla as plain
 from jaxmem.ops.checks import (
+    as_arrays,
     check_axes,
     check_documents,
     check_floating,
     check_precision,
     check_shape,
+    is_empty,
 )
-from jaxmem.ops.dispatch import Implementation, declare, resolve
-from jaxmem.ops.first_order import first_order
+from jaxmem.ops.dispatch import Choice, Implementation, declare, few_tokens, resolve
+from jaxmem.ops.leaky_average_xla import Options, leaky_sums
 from jaxmem.ops.norms import at_least_float32
+from jaxmem.ops.platforms import Kernel, run_kernel
 from jaxmem.ops.segments import spans
 from jaxmem.shapes import HeadScalars, Queries, RowInts, SegmentIds
 from pallas_kernels import leaky_average as kernels
-from pallas_kernels._compat import Precision
+from pallas_kernels._compat import Precision, vary_like
 from pallas_kernels._interpret import interpreted
-from pallas_kernels.leaky_average import Clock, LeakyAverageConfig
+from pallas_kernels.leaky_average import Clock, GradInputs, Inputs, LeakyAverageConfig
 
 Scaling = Literal["sum", "scaled", "normalised"]
 FASTEST = 1e4
@@ -48,6 +49,15 @@ class LeakyState(NamedTuple):
     """The un-normalised sum h."""
     weight: Float[Array, "B H 1"] | None
     """The same sum of ones; None unless the scaling is `normalised`."""
+
+
+class LeakyOutput(NamedTuple):
+    """What a leaky average returns."""
+
+    y: Queries
+    """Averages, in the dtype of x."""
+    state: LeakyState
+    """Sums after the last token."""
 
 
 def decay_rate(beta: HeadScalars) -> HeadScalars:
@@ -80,7 +90,7 @@ def leaky_average(
     precision: Precision | None = None,
     config: LeakyAverageConfig | None = None,
     interpret: bool | None = None,
-) -> tuple[Queries, LeakyState]:
+) -> LeakyOutput:
     r"""Average the past of each channel with weights that decay at its head's rate.
 
     h_t = exp(-rate) h_{t-1} + x_t
@@ -88,10 +98,10 @@ def leaky_average(
 
     Cost per head: 2 T C K FLOPs in chunks of C tokens, 2 T K token by token. Kept for the backward
     pass: h, in the dtype of x for `sum` and in float32 for the other two. The recurrence is carried
-    in float32 or wider.
+    in float32 or wider. Without any row or token the result is empty and the state stays as it is.
 
     Args:
-      x: inputs, any T >= 1.
+      x: inputs.
       rate: decay rate per token and head, >= 0 (see `decay_rate`); one from 1e4 to inf forgets all
         in one step, with gradient 0.
       scaling: which of the three published forms to return.
@@ -100,9 +110,9 @@ def leaky_average(
         token (id 0) leaves it unchanged and gives 0.
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
       chunk_size: tokens per chunk of the XLA form, speed only, never the result; None: token by
-        token on a CPU, where that is fastest, 64 elsewhere.
-      implementation: `reference` is one step of a `lax.scan` per token, `xla` works in chunks with
-        the true gradient of the rate, `pallas` does so in one pass over memory.
+        token on a CPU, where that is fastest, and for a symbolic T, 64 elsewhere.
+      implementation: `reference` is one step of a `lax.scan` per token, `xla` the same or
+        chunks (see `chunk_size`), `pallas` chunks in one pass over memory.
       precision: of the products within chunks; None and `high`: about float32, also for half
         precision inputs; `default`: one product in TF32 or the dtype of x, with a relative error of
         the weights up to 2^-11 in float32 and float16, 2^-9 in bfloat16; `highest`: float32.
@@ -113,9 +123,9 @@ def leaky_average(
       y in the dtype of x, and the state after the last token.
 
     Raises:
-      ShapeError: x has no token, the rates, the state or the documents do not fit it, or the state
-        does not fit the scaling.
-      DTypeError: x, rate or the state are not floating point.
+      ShapeError: a head has no channel, the rates, the state or the documents do not fit x, or the
+        state does not fit the scaling.
+      DTypeError: x, rate or the state are not floating point, or documents no integers.
       ConfigError: `chunk_size` is less than 1.
       UnknownName: no such scaling, precision or implementation.
       KernelUnsupported: the named implementation cannot run this call.
@@ -125,45 +135,44 @@ def leaky_average(
       operator returns a decay gradient of wrong magnitude and, for negative parameters, wrong
       sign; this is the true one.
     """
+    x, rate, initial_state = as_arrays(x, rate, initial_state)
+    segment_ids, initial_segment = as_arrays(segment_ids, initial_segment)
     _check(x, rate, scaling, initial_state, chunk_size)
     check_documents("leaky_average", x.shape[:2], segment_ids, initial_segment)
     check_precision(precision)
-    form = resolve(
-        "leaky_average", implementation, x, rate, interpret=interpret, config=config
-    ).implementation
+    choice = resolve("leaky_average", implementation, x, rate, interpret=interpret, config=config)
     wide = at_least_float32(x).dtype
     # exp(-FASTEST) is 0 in every dtype; a rate of inf would be multiplied by 0 steps, which is NaN.
     rate = jnp.minimum(rate.astype(wide), FASTEST)
     batch, _, heads, width = x.shape
     if initial_state is None:
         initial_state = init_leaky_state(batch, heads, width, scaling=scaling, dtype=wide)
+    total, weight = jax.tree.map(lambda a: a.astype(wide), initial_state)
+    if is_empty(x):
+        return LeakyOutput(x, LeakyState(total, weight))
     clock = None if segment_ids is None else _clock(segment_ids, initial_segment)
-    static = _Static(
-        form,
-        chunk_size,
-        precision or "high",
-        config,
-        interpreted(interpret),
-        x.dtype,
-        x.dtype if scaling == "sum" else wide,
-    )
-    sums, total = _run(static, x, rate, initial_state.total.astype(wide), clock)
-    y, weight = sums, initial_state.weight
+    options = Options(chunk_size, precision or "high", x.dtype if scaling == "sum" else wide)
+    static = _Static(options, config, interpreted(interpret))
+    sums, total = _run(choice, static, Inputs(x, rate, total, clock))
+    y = sums
     if scaling == "scaled":
         y = sums * -jnp.expm1(-rate)[:, None]
     elif weight is not None:
-        ones = jnp.ones((*x.shape[:3], 1), wide)
+        ones = vary_like(jnp.ones((*x.shape[:3], 1), wide), x)
         # One channel is too narrow for a kernel.
-        static = static._replace(form="reference" if form == "reference" else "xla", x_dtype=wide)
-        weights, weight = _run(static, ones, rate, weight.astype(wide), clock)
+        weights, weight = _run_plain(choice, options, Inputs(ones, rate, weight, clock))
         # A row that has only seen padding has no weight yet; its outputs are masked below.
         y = sums / jnp.where(weights == 0, 1.0, weights)
     if clock is not None:
         y = jnp.where(clock.valid[:, :, None, None], y, 0.0)
-    return y.astype(x.dtype), LeakyState(total, weight)
+    return LeakyOutput(y.astype(x.dtype), LeakyState(total, weight))
 
 
-declare(leaky_average, pallas=kernels.unmet, xla=None, reference=None)
+def _pallas_unmet(x: Any, rate: Any, *, config: LeakyAverageConfig | None) -> str | None:
+    return kernels.unmet(x, rate, config=config) or few_tokens(x.shape[1])
+
+
+declare(leaky_average, pallas=_pallas_unmet, xla=None, reference=None)
 
 
 def _check(
@@ -206,27 +215,28 @@ def _clock(segment_ids: SegmentIds, initial_segment: RowInts | None) -> Clock:
 class _Static(NamedTuple):
     """What a call does not trace."""
 
-    form: str
-    chunk: int | None
-    precision: Precision
+    options: Options
     config: LeakyAverageConfig | None
     interpret: bool
-    x_dtype: jnp.dtype
-    sums_dtype: jnp.dtype
 
 
-def _run(
-    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
-) -> tuple[Array, Array]:
+def _run(choice: Choice, static: _Static, inputs: Inputs) -> tuple[Array, Array]:
     """Return all sums, standing still at padding, and the last of them, float32 or wider."""
-    if static.form == "reference":
-        sums = _reference(x.astype(rate.dtype), rate, start, clock)
-        return sums, sums[:, -1]
-    return _sums(static, x, rate, start, clock)
+    if choice.kernel is None:
+        return _run_plain(choice, static.options, inputs)
+    return run_kernel(_KERNEL, static, *inputs, elsewhere=choice.plain is not None)
 
 
-def _reference(x: Array, rate: Array, start: Array, clock: Clock | None) -> Array:
+def _run_plain(choice: Choice, options: Options, inputs: Inputs) -> tuple[Array, Array]:
+    if choice.plain == "reference":
+        return _reference(inputs)
+    return leaky_sums(options, *inputs)
+
+
+def _reference(inputs: Inputs) -> tuple[Array, Array]:
     """Run the recurrence one token at a time: the definition, and the decode step."""
+    x, rate, start, clock = inputs
+    x = x.astype(rate.dtype)
     decay = jnp.exp(-rate)[:, None]
     if clock is None:
         factor = jnp.broadcast_to(decay, (x.shape[1], *decay.shape))
@@ -243,79 +253,43 @@ def _reference(x: Array, rate: Array, start: Array, clock: Clock | None) -> Arra
         h = a * h + x_t
         return h, h
 
-    _, sums = lax.scan(step, start, (factor, jnp.moveaxis(x, 1, 0)))
-    return jnp.moveaxis(sums, 0, 1)
+    start = vary_like(start, x, rate, clock)
+    final, sums = lax.scan(step, start, (factor, jnp.moveaxis(x, 1, 0)))
+    return jnp.moveaxis(sums, 0, 1), final
 
 
-class _Residuals(NamedTuple):
-    """Enough for every backward pass, whichever implementation ran forward."""
-
-    sums: Array  # [B T H K]
-    rate: Array  # [H]
-    start: Array  # [B H K]
-    clock: Clock | None
+def _forward(static: _Static, operands: tuple) -> tuple[tuple[Array, Array], Array]:
+    sums, final = kernels.leaky_sums_forward(
+        Inputs(*operands), out_dtype=static.options.dtype, **_launch_options(static)
+    )
+    return (sums, final), sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(
-    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
-) -> tuple[Array, Array]:
-    return _sums_forward(static, x, rate, start, clock)[0]
-
-
-def _sums_forward(
-    static: _Static, x: Array, rate: Array, start: Array, clock: Clock | None
-) -> tuple[tuple[Array, Array], _Residuals]:
-    if static.form == "pallas":
-        kernel = functools.partial(
-            kernels.leaky_sums_forward, out_dtype=static.sums_dtype, **_launch_options(static)
-        )
-        sums, final = first_order("leaky_average", kernel)(x, rate, start, clock)
-    else:
-        sums, final = plain.forward(
-            x.astype(rate.dtype),
-            rate,
-            start,
-            clock,
-            chunk=static.chunk,
-            precision=static.precision,
-        )
-        sums = sums.astype(static.sums_dtype)
-    return (sums, final), _Residuals(sums, rate, start, clock)
-
-
-def _sums_backward(static: _Static, residuals: _Residuals, cotangents: tuple) -> tuple:
+def _backward(static: _Static, operands: tuple, sums: Array, grads: tuple) -> tuple:
     """Add <dstart, start> to the products of a decaying first token; drate = -Σ products."""
-    sums, rate, start, clock = residuals
-    g, g_final = cotangents
-    if static.form == "pallas":
-        kernel = functools.partial(
-            kernels.leaky_sums_backward, x_dtype=static.x_dtype, **_launch_options(static)
-        )
-        dx, products, dstart = first_order("leaky_average", kernel)(g, g_final, sums, rate, clock)
-    else:
-        dx, products, dstart = plain.backward(
-            g.astype(rate.dtype),
-            g_final,
-            sums.astype(rate.dtype),
-            rate,
-            clock,
-            chunk=static.chunk,
-            precision=static.precision,
-        )
+    x, rate, start, clock = operands
+    dsums, dfinal = grads
+    dx, products, dstart = kernels.leaky_sums_backward(
+        GradInputs(dsums, dfinal, sums, rate, clock), x_dtype=x.dtype, **_launch_options(static)
+    )
     first = jnp.sum(dstart * start, axis=2)
     if clock is not None:
         # After leading padding the first decay comes later, and is among the products.
         first = jnp.where(clock.valid[:, :1], first, 0.0)
-    return dx.astype(static.x_dtype), -(products + jnp.sum(first, axis=0)), dstart, None
+    drate = -(products + jnp.sum(first, axis=0))
+    return dx, drate, dstart, jax.tree.map(lambda _: None, clock)
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+def _plain(static: _Static, operands: tuple) -> tuple[Array, Array]:
+    return leaky_sums(static.options, *operands)
+
+
+_KERNEL = Kernel("leaky_average", _forward, _backward, _plain)
 
 
 def _launch_options(static: _Static) -> dict[str, Any]:
     return {
         "config": static.config,
-        "precision": static.precision,
+        "precision": static.options.precision,
         "interpret": static.interpret,
     }

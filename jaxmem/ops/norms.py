@@ -1,10 +1,14 @@
 """Normalisations, computed in float32 or better whatever the dtype of the input."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from jaxmem.ops.checks import as_arrays
 from jaxmem.shapes import HeadScalars
 
 _TINY = 1e-20
@@ -26,6 +30,7 @@ def l2_normalise(x: Float[Array, "..."], *, axis: int = -1) -> Float[Array, "...
 
     Reference: Memory Mosaics (arXiv 2405.06394), sec. 4; nanoMosaics `KeyFeatureExtractor`.
     """
+    (x,) = as_arrays(x)
     wide = at_least_float32(x)
     square = jnp.sum(wide * wide, axis=axis, keepdims=True)
     longer = square > _TINY
@@ -44,6 +49,7 @@ def layer_norm(
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
     """
+    x, weight, bias = as_arrays(x, weight, bias)
     wide = at_least_float32(x)
     y = _standardise(wide, eps) * weight.astype(wide.dtype)
     if bias is not None:
@@ -66,6 +72,7 @@ def rms_norm(
     Reference: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4. Differs: Llama rounds to the dtype
       of x before it scales; here the result is rounded once.
     """
+    x, weight = as_arrays(x, weight)
     wide = at_least_float32(x)
     y = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     if weight is not None:
@@ -73,34 +80,34 @@ def rms_norm(
     return y.astype(x.dtype)
 
 
-def _standardise_value(x: Array, eps: float) -> Array:
-    return _standardise_forward(x, eps)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _standardise(x: Array, eps: float) -> Array:
+    return _standardise_with_inverse(x, eps)[0]
 
 
-def _standardise_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+def _standardise_with_inverse(x: Array, eps: float) -> tuple[Array, Array]:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     inverse = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    y = centred * inverse
-    return y, (y, inverse)
+    return centred * inverse, inverse
 
 
-def _standardise_backward(
-    eps: float, residuals: tuple[Array, Array], cotangent: Array
-) -> tuple[Array]:
-    """Return (g - mean(g) - y mean(g y)) / std in one pass.
+@_standardise.defjvp
+def _differentiate(eps: float, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    y, inverse = _standardise_with_inverse(*primals, eps)
+    return y, _project(y, inverse, *tangents)
 
-    Autodiff would leave the two means apart, and XLA then adds those of all layers in one late
-    fusion over the residual stream.
+
+@jax.jit
+def _project(y: Array, inverse: Array, dx: Array) -> Array:
+    """Return (dx - mean(dx) - y mean(y dx)) / std, a map that is its own transpose.
+
+    It is a function of its own so that its transpose comes in one pass: of separate operations
+    JAX would add one term after the other to the gradient of x, and XLA then fuse the two means of
+    all layers late, over the residual stream.
     """
-    del eps
-    y, inverse = residuals
-    mean = jnp.mean(cotangent, axis=-1, keepdims=True)
-    along = jnp.mean(cotangent * y, axis=-1, keepdims=True)
-    return (inverse * (cotangent - mean - y * along),)
-
-
-_standardise = jax.custom_vjp(_standardise_value, nondiff_argnums=(1,))
-_standardise.defvjp(_standardise_forward, _standardise_backward)
+    mean = jnp.mean(dx, axis=-1, keepdims=True)
+    along = jnp.mean(dx * y, axis=-1, keepdims=True)
+    return inverse * (dx - mean - y * along)
 
 
 def clamped_exp(log_scale: HeadScalars, power: int, limit: float) -> HeadScalars:

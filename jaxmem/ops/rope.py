@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Int
 
 from jaxmem.errors import ConfigError, ShapeError, unknown_name
-from jaxmem.ops.checks import check_floating
+from jaxmem.ops.checks import as_arrays, check_floating
 from jaxmem.ops.norms import at_least_float32
 from jaxmem.shapes import Queries, SegmentIds
 
@@ -54,6 +54,7 @@ def rope(
 
     Reference: Su et al. 2021 (arXiv 2104.09864), eq. 34; Llama 2 `rotate_half` (`half`).
     """
+    x, positions = as_arrays(x, positions)
     _check(x, positions, layout, theta, position_dtype)
     wide = at_least_float32(x)
     half = x.shape[-1] // 2

@@ -21,14 +21,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxmem.errors import ShapeError
-from jaxmem.ops.checks import check_axes, check_documents, check_floating, check_shape
-from jaxmem.ops.dispatch import Implementation, declare, resolve
-from jaxmem.ops.gated_scan import gated_scan
+from jaxmem.ops.checks import (
+    as_arrays,
+    check_axes,
+    check_documents,
+    check_floating,
+    check_shape,
+    is_empty,
+)
+from jaxmem.ops.dispatch import Choice, Implementation, declare, few_tokens, resolve
+from jaxmem.ops.gated_scan import GatedScanOutput, gated_scan, recurrence
 from jaxmem.ops.norms import at_least_float32
+from jaxmem.ops.platforms import on_cpu_or_elsewhere
 from jaxmem.ops.segments import spans
 from jaxmem.shapes import RowInts, SegmentIds
 from pallas_kernels import gated_scan as kernels
-from pallas_kernels._interpret import on_cpu
+from pallas_kernels._compat import vary_like
 from pallas_kernels.gated_scan import GatedScanConfig
 
 EMPTY = -3e38
@@ -58,6 +66,15 @@ class WeightedState(NamedTuple):
     """Logarithm of their total weight, `EMPTY` before any; W is 1 or V."""
 
 
+class WeightedOutput(NamedTuple):
+    """What a weighted average returns."""
+
+    y: Float[Array, "B T H V"]
+    """Averages, in the dtype of the values."""
+    state: WeightedState
+    """The state after the last token."""
+
+
 def init_weighted_state(
     batch: int, heads: int, width: int, *, weights: int = 1, dtype: DTypeLike = jnp.float32
 ) -> WeightedState:
@@ -78,7 +95,7 @@ def weighted_average(
     implementation: Implementation = "auto",
     config: GatedScanConfig | None = None,
     interpret: bool | None = None,
-) -> tuple[Float[Array, "B T H V"], WeightedState]:
+) -> WeightedOutput:
     r"""Average the values so far, each with a weight that decays from step to step.
 
     Q_t = e^{w_t} Q_{t-1} + e^{k_t},  A_t = (e^{w_t} Q_{t-1} A_{t-1} + e^{k_t} v_t) / Q_t
@@ -86,10 +103,11 @@ def weighted_average(
     y_t = (Q_{t-1} A_{t-1} + e^{u_t + k_t} v_t) / (Q_{t-1} + e^{u_t + k_t})   with one
 
     Cost: that of a gated scan over H V channels, which takes most of it, and of one over H W log
-    totals. Kept for the backward pass: means, gates and log totals.
+    totals. Kept for the backward pass: means, gates and log totals. Without any row or token the
+    result is empty and the state stays as it is.
 
     Args:
-      values: v, any T >= 1; their dtype is that of y.
+      values: v; their dtype is that of y.
       log_weight: k, one per head (W = 1) or per channel (W = V), of any size; one of -1e32
         or less, such as -inf, weighs nothing beside any larger one.
       log_decay: w, usually <= 0, of a shape that broadcasts to that of the log-weights, such as
@@ -100,8 +118,8 @@ def weighted_average(
       segment_ids: document of each token; the average starts anew with each document, and a padded
         token (id 0) leaves it unchanged and gives 0.
       initial_segment: document that `initial_state` belongs to; None: each row's first document.
-      implementation: `reference` is the recurrence of both sums with a running maximum; `xla` and
-        `pallas` are a gated scan over means in that form, with its gradient.
+      implementation: `reference` carries mean and total from token to token; `xla` and `pallas`
+        find all totals first, and then all means by a gated scan in that form.
       config: launch configuration of the kernels of that scan; None: that of the tables.
       interpret: run kernels interpreted; None: where there is no GPU.
 
@@ -109,55 +127,61 @@ def weighted_average(
       y, and the state after the last token.
 
     Raises:
-      ShapeError: an axis is empty, or the shapes do not fit together.
-      DTypeError: an array is not floating point.
+      ShapeError: there is no head or channel, or the shapes do not fit together.
+      DTypeError: an array is not floating point, or documents are no integers.
       KernelUnsupported: the named implementation cannot run this call.
 
     Reference: RWKV-4 (arXiv 2305.13048), eq. 16; Memory Mosaics (arXiv 2405.06394), CUDA operator
       of the Library; gated keys of arXiv 2507.03285. Differs: the gradient of w is that of w
       itself, where the CUDA operator returns it times w.
     """
-    weights = _check(values, log_weight, log_decay, bonus, initial_state)
+    operands = as_arrays(values, log_weight, log_decay, bonus, initial_state)
+    values, log_weight, log_decay, bonus, initial_state = operands
+    segment_ids, initial_segment = as_arrays(segment_ids, initial_segment)
+    weights = _check(*operands)
     check_documents("weighted_average", values.shape[:2], segment_ids, initial_segment)
-    form = resolve(
-        "weighted_average", implementation, values, interpret=interpret, config=config
-    ).implementation
+    choice = resolve("weighted_average", implementation, values, interpret=interpret, config=config)
     dtype = at_least_float32(values).dtype
-    v = values.astype(dtype)
-    k, w, u = (_bounded(a, dtype, weights) for a in (log_weight, log_decay, bonus))
     if initial_state is None:
         batch, _, heads, width = values.shape
         initial_state = init_weighted_state(batch, heads, width, weights=weights[-1], dtype=dtype)
     mean, log_total = (a.astype(dtype) for a in initial_state)
     start = WeightedState(mean, jnp.maximum(log_total, EMPTY))
-    clock = _Clock(None, None)
+    if is_empty(values):
+        return WeightedOutput(values, start)
+    v = values.astype(dtype)
+    k, w, u = (_bounded(a, dtype, weights) for a in (log_weight, log_decay, bonus))
+    valid = reset = None
     if segment_ids is not None:
         rows = spans(segment_ids, initial_segment)
-        valid = rows.valid[..., None, None]
-        clock = _Clock(valid, rows.reset[..., None, None])
+        valid, reset = (a[..., None, None] for a in (rows.valid, rows.reset))
         # A NaN in padding would reach real tokens as 0 * NaN, at least in the gradients.
         v, k, w = (jnp.where(valid, a, 0.0) for a in (v, k, w))
         u = None if u is None else jnp.where(valid, u, 0.0)
-    if form == "reference":
-        y, state = _reference(v, k, w, u, start, clock)
+    tokens = _Inputs(v, k, w, u, valid, reset)
+    start = jax.tree.map(lambda a: vary_like(a, tokens), start)
+    if choice.plain == "reference":
+        y, state = _reference(tokens, start)
     else:
         scan = functools.partial(
-            gated_scan,
-            implementation=cast(Implementation, form),
-            config=config,
-            interpret=interpret,
+            gated_scan, implementation=_scan_by(choice), config=config, interpret=interpret
         )
-        y, state = _convex(scan, v, k, w, u, start, clock)
-    if clock.valid is not None:
-        y = jnp.where(clock.valid, y, 0.0)
-    return y.astype(values.dtype), state
+        y, state = _convex(scan, tokens, start)
+    if valid is not None:
+        y = jnp.where(valid, y, 0.0)
+    return WeightedOutput(y.astype(values.dtype), state)
+
+
+def _scan_by(choice: Choice) -> Implementation:
+    """Return what to ask of the gated scan, so that it makes the same choice."""
+    return cast(Implementation, "auto" if choice.elsewhere else choice.implementation)
 
 
 def _pallas_unmet(values: Any, *, config: GatedScanConfig | None) -> str | None:
     batch, length, heads, width = values.shape
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     flat = jax.ShapeDtypeStruct((batch, length, heads * width), dtype)
-    return kernels.unmet(flat, flat, config=config)
+    return kernels.unmet(flat, flat, config=config) or few_tokens(length)
 
 
 def _bounded(logs: Array | None, dtype: DTypeLike, shape: tuple[int, ...]) -> Any:
@@ -170,11 +194,17 @@ def _bounded(logs: Array | None, dtype: DTypeLike, shape: tuple[int, ...]) -> An
 declare(weighted_average, pallas=_pallas_unmet, xla=None, reference=None)
 
 
-class _Clock(NamedTuple):
-    """Which tokens count and which start anew, [B T 1 1]; None: all, and none."""
+class _Inputs(NamedTuple):
+    """What the recurrence reads of one token, or of all."""
 
+    v: Array
+    k: Array
+    w: Array
+    u: Array | None
     valid: Array | None
+    """It counts, [B T 1 1]; None: all do."""
     reset: Array | None
+    """It starts anew; None: none does."""
 
 
 def _check(
@@ -214,9 +244,7 @@ def _check_state(state: WeightedState, values: Array, weights: tuple[int, ...]) 
     check_shape(op, total, state.log_total, (batch, heads, weights[-1]), what)
 
 
-def _reference(
-    v: Array, k: Array, w: Array, u: Array | None, start: WeightedState, clock: _Clock
-) -> tuple[Array, WeightedState]:
+def _reference(tokens: _Inputs, start: WeightedState) -> tuple[Array, WeightedState]:
     """Carry the mean and the total, one token at a time: the definition, and the decode step."""
 
     def step(before: tuple[Array, _Log], at: _Inputs) -> tuple[tuple[Array, _Log], Array]:
@@ -229,25 +257,15 @@ def _reference(
         if at.u is not None:
             x = _log_odds(total, -at.u, at.k)
             y = jax.nn.sigmoid(x) * mean + jax.nn.sigmoid(-x) * at.v
-        if at.valid is not None:
-            after = jax.tree.map(lambda new, old: jnp.where(at.valid, new, old), after, before)
+        valid = at.valid
+        if valid is not None:
+            after = jax.tree.map(lambda new, old: jnp.where(valid, new, old), after, before)
         return after, y
 
     first = start.mean, _Log(start.log_total, jnp.zeros_like(start.log_total))
-    streams = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), _Inputs(v, k, w, u, *clock))
+    streams = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
     (mean, total), y = lax.scan(step, first, streams)
     return jnp.moveaxis(y, 0, 1), WeightedState(mean, total.anchor + total.rest)
-
-
-class _Inputs(NamedTuple):
-    """What the recurrence reads of one token, or of all."""
-
-    v: Array
-    k: Array
-    w: Array
-    u: Array | None
-    valid: Array | None
-    reset: Array | None
 
 
 class _Log(NamedTuple):
@@ -275,7 +293,7 @@ def _join(early: tuple[Array, _Log], late: tuple[Array, _Log]) -> tuple[Array, _
     x = (w + old.rest - new.rest) + (old.anchor - new.anchor)
     larger = x > 0
     rest = jnp.where(larger, w + old.rest, new.rest)
-    rest += jax.nn.softplus(jnp.where(larger, -x, x))
+    rest += jnp.log1p(jnp.exp(jnp.where(larger, -x, x)))
     return before + w, _Log(jnp.where(larger, old.anchor, new.anchor), rest)
 
 
@@ -284,13 +302,7 @@ def _restart(total: _Log, reset: Array) -> _Log:
 
 
 def _convex(
-    scan: Callable[..., tuple[Array, Array]],
-    v: Array,
-    k: Array,
-    w: Array,
-    u: Array | None,
-    start: WeightedState,
-    clock: _Clock,
+    scan: Callable[..., GatedScanOutput], tokens: _Inputs, start: WeightedState
 ) -> tuple[Array, WeightedState]:
     """Carry the mean by a gated scan, after the totals, of which there are far fewer.
 
@@ -298,25 +310,21 @@ def _convex(
     combination. Both shares come from x, so that a weight of e^-100 has a gradient of its own size
     rather than the rounding of a difference.
     """
-    first = _Log(start.log_total, jnp.zeros_like(start.log_total))
-    totals = _log_totals(k, w, first, clock)
-    before = jax.tree.map(
-        lambda old, all_: jnp.concatenate([old[:, None], all_[:, :-1]], axis=1), first, totals
-    )
-    if clock.reset is not None:
-        before = _restart(before, clock.reset)
+    v, k, w, u, valid, _ = tokens
+    before, last = _log_totals(tokens, start.log_total)
     x = _log_odds(before, w, k)
     log_old, new = jax.nn.log_sigmoid(x), jax.nn.sigmoid(-x)
-    if clock.valid is not None:
-        log_old, new = jnp.where(clock.valid, log_old, 0.0), jnp.where(clock.valid, new, 0.0)
-    flat = (*v.shape[:2], -1)
-    means, _ = scan(
+    if valid is not None:
+        log_old, new = jnp.where(valid, log_old, 0.0), jnp.where(valid, new, 0.0)
+    batch, length, heads, width = v.shape
+    flat = (batch, length, heads * width)
+    means, mean = scan(
         (new * v).reshape(flat),
         jnp.broadcast_to(log_old, v.shape).reshape(flat),
-        initial_state=start.mean.reshape(v.shape[0], -1),
+        initial_state=start.mean.reshape(batch, heads * width),
     )
     means = means.reshape(v.shape)
-    state = WeightedState(means[:, -1], totals.anchor[:, -1] + totals.rest[:, -1])
+    state = WeightedState(mean.reshape(start.mean.shape), last)
     if u is None:
         return means, state
     x = _log_odds(before, -u, k)
@@ -324,13 +332,50 @@ def _convex(
     return jax.nn.sigmoid(x) * old_means + jax.nn.sigmoid(-x) * v, state
 
 
-def _log_totals(k: Array, w: Array, start: _Log, clock: _Clock) -> _Log:
-    """Return log Q_t = log(e^{w_t} Q_{t-1} + e^{k_t}), standing still at padding."""
-    if clock.valid is not None and clock.reset is not None:
-        w = jnp.where(clock.valid, jnp.where(clock.reset, EMPTY, w), 0.0)
-        k = jnp.where(clock.valid, k, _PADDING)
-    run = _steps if on_cpu() else _tree
-    return run(k, w, start)
+def _log_totals(tokens: _Inputs, start: Array) -> tuple[_Log, Array]:
+    """Return log Q_{t-1} for every t, EMPTY at a reset, and the last log Q."""
+    k, w, valid, reset = tokens.k, tokens.w, tokens.valid, tokens.reset
+    if valid is not None and reset is not None:
+        w = jnp.where(valid, jnp.where(reset, EMPTY, w), 0.0)
+        k = jnp.where(valid, k, _PADDING)
+    totals = _sum_weights(k, w, start)
+    before = _shift(totals, start)
+    if reset is not None:
+        before = _restart(before, reset)
+    return before, totals.anchor[:, -1] + totals.rest[:, -1]
+
+
+@jax.custom_jvp
+def _sum_weights(k: Array, w: Array, start: Array) -> _Log:
+    """Return log Q_t = log(e^{w_t} Q_{t-1} + e^{k_t}) of every token.
+
+    Its tangent is a gated scan: dlog Q_t = a_t (dlog Q_{t-1} + dw_t) + (1 - a_t) dk_t, where a_t is
+    the share of Q_{t-1} in Q_t.
+    """
+    first = _Log(start, jnp.zeros_like(start))
+    elsewhere = _tree if isinstance(k.shape[1], int) else _steps  # a tree has a known height
+    return on_cpu_or_elsewhere(_steps, elsewhere, k, w, first)
+
+
+@_sum_weights.defjvp
+def _differentiate(primals: tuple, tangents: tuple) -> tuple[_Log, _Log]:
+    k, w, start = primals
+    dk, dw, dstart = tangents
+    totals = _sum_weights(*primals)
+    x = _log_odds(_shift(totals, start), w, k)
+    inputs = jax.nn.sigmoid(x) * dw + jax.nn.sigmoid(-x) * dk
+    batch, length, heads, width = k.shape
+    flat = (batch, length, heads * width)
+    slopes, _ = recurrence(
+        inputs.reshape(flat), jax.nn.log_sigmoid(x).reshape(flat), dstart.reshape(batch, -1)
+    )
+    return totals, _Log(jnp.zeros_like(totals.anchor), slopes.reshape(k.shape))
+
+
+def _shift(totals: _Log, start: Array) -> _Log:
+    """Return the total before each token."""
+    pairs = zip((start, jnp.zeros_like(start)), totals, strict=True)
+    return _Log(*(jnp.concatenate([a[:, None], rest[:, :-1]], axis=1) for a, rest in pairs))
 
 
 def _steps(k: Array, w: Array, start: _Log) -> _Log:

@@ -4,7 +4,7 @@ from pallas_kernels.gated_scan.backward import gated_scan_backward
 from pallas_kernels.gated_scan.cases import cases
 from pallas_kernels.gated_scan.forward import gated_scan_forward
 from pallas_kernels.gated_scan.launch import NAME, GatedScanConfig, find_config, unmet
-from pallas_kernels.gated_scan.steps import DECAY, PADDING, RESET
+from pallas_kernels.gated_scan.steps import DECAY, PADDING, RESET, GradInputs, Inputs
 
 __all__ = [
     "DECAY",
@@ -12,6 +12,8 @@ __all__ = [
     "PADDING",
     "RESET",
     "GatedScanConfig",
+    "GradInputs",
+    "Inputs",
     "cases",
     "find_config",
     "gated_scan_backward",

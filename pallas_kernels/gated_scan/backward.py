@@ -10,16 +10,19 @@ from jax.typing import DTypeLike
 
 from pallas_kernels._compat import launch, load, pl, store
 from pallas_kernels.gated_scan.launch import GatedScanConfig, Layout, find_config, layout
-from pallas_kernels.gated_scan.steps import DECAY, Tokens, incoming, silent, specs, split_sums
+from pallas_kernels.gated_scan.steps import (
+    DECAY,
+    GradInputs,
+    Tokens,
+    incoming,
+    silent,
+    specs,
+    split_sums,
+)
 
 
 def gated_scan_backward(
-    g: Array,
-    g_final: Array,
-    h: Array,
-    log_decay: Array,
-    start: Array,
-    kinds: Array | None = None,
+    inputs: GradInputs,
     *,
     x_dtype: DTypeLike,
     config: GatedScanConfig | None = None,
@@ -32,12 +35,7 @@ def gated_scan_backward(
     with several splits. Not measured on a device yet.
 
     Args:
-      g: cotangent of h [B, T, D]; what stands at padding is ignored.
-      g_final: cotangent of the final state [B, D], float32.
-      h: what the forward pass returned.
-      log_decay: logarithms of the gates [B, T, D].
-      start: state before the first token [B, D], float32.
-      kinds: kind of each token of packed rows [B, T], int32; None: every token decays.
+      inputs: operands.
       x_dtype: dtype of the inputs, which their cotangent gets.
       config: launch configuration; None takes that of the tables.
       interpret: run as plain JAX, for tests on CPU.
@@ -45,6 +43,7 @@ def gated_scan_backward(
     Returns:
       The cotangents of x, log_decay and start.
     """
+    g, dfinal, h, log_decay, start, kinds = inputs
     batch, length, width = g.shape
     config = config or find_config(x_dtype, g.shape)
     grid = layout(config, g.shape)
@@ -77,7 +76,7 @@ def gated_scan_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(g, g_final, h, log_decay, start, *parts, *kind)
+    )(g, dfinal, h, log_decay, start, *parts, *kind)
     return dx, dlog_decay, carried[:, 0]
 
 

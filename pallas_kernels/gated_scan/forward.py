@@ -9,14 +9,11 @@ from jax import Array
 
 from pallas_kernels._compat import launch, load, pl, store
 from pallas_kernels.gated_scan.launch import GatedScanConfig, Layout, find_config, layout
-from pallas_kernels.gated_scan.steps import Tokens, incoming, silent, specs, split_sums
+from pallas_kernels.gated_scan.steps import Inputs, Tokens, incoming, silent, specs, split_sums
 
 
 def gated_scan_forward(
-    x: Array,
-    log_decay: Array,
-    start: Array,
-    kinds: Array | None = None,
+    inputs: Inputs,
     *,
     config: GatedScanConfig | None = None,
     interpret: bool = False,
@@ -33,16 +30,14 @@ def gated_scan_forward(
     and (e_x + e_a) B T D more with several splits. Not measured on a device yet.
 
     Args:
-      x: inputs [B, T, D], any T and D.
-      log_decay: logarithms of the gates [B, T, D], <= 0; -inf is a reset.
-      start: state before the first token [B, D], float32.
-      kinds: kind of each token of packed rows [B, T], int32; None: every token decays.
+      inputs: operands.
       config: launch configuration; None takes that of the tables.
       interpret: run as plain JAX, for tests on CPU.
 
     Returns:
       h [B, T, D] in the dtype of x, standing still at padding, and the last h in float32 [B, D].
     """
+    x, log_decay, start, kinds = inputs
     batch, length, width = x.shape
     config = config or find_config(x.dtype, x.shape)
     grid = layout(config, x.shape)

@@ -8,13 +8,40 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels._compat import launch, load, pl, store
+from pallas_kernels._tiles import LOG2_E
 from pallas_kernels.gated_scan.launch import GatedScanConfig, Layout
 
-LOG2_E = 1.4426950408889634
 PADDING, DECAY, RESET = 0, 1, 2
 """Kinds of tokens in packed rows: the state stands still, decays by its gate, or starts anew."""
 _UNROLL = 8
 """Most splits whose sums are loaded together."""
+
+
+class Inputs(NamedTuple):
+    """Operands of the op and of its forward kernel."""
+
+    x: Array
+    """Inputs [B, T, D], any T and D."""
+    log_decay: Array
+    """Logarithms of the gates [B, T, D], <= 0; -inf is a reset."""
+    start: Array
+    """State before the first token [B, D], float32."""
+    kinds: Array | None = None
+    """Kind of each token of packed rows [B, T], int32; None: every token decays."""
+
+
+class GradInputs(NamedTuple):
+    """Operands of the backward kernel."""
+
+    dh: Array
+    """Cotangent of h [B, T, D]; what stands at padding is ignored."""
+    dfinal: Array
+    """Cotangent of the final state [B, D], float32."""
+    h: Array
+    """What the forward kernel returned."""
+    log_decay: Array
+    start: Array
+    kinds: Array | None = None
 
 
 class Tokens(NamedTuple):

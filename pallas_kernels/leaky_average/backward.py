@@ -9,12 +9,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels._compat import Precision, launch, load, pl, store
+from pallas_kernels._tiles import LOG2_E
 from pallas_kernels.leaky_average.launch import Layout, LeakyAverageConfig, find_config, layout
 from pallas_kernels.leaky_average.tiles import (
     COUNTED,
-    LOG2_E,
     REAL,
-    Clock,
+    GradInputs,
     Times,
     as_operands,
     column,
@@ -29,11 +29,7 @@ from pallas_kernels.leaky_average.tiles import (
 
 
 def leaky_sums_backward(
-    g: Array,
-    g_final: Array,
-    sums: Array,
-    rate: Array,
-    clock: Clock | None = None,
+    inputs: GradInputs,
     *,
     x_dtype: DTypeLike,
     config: LeakyAverageConfig | None = None,
@@ -53,11 +49,7 @@ def leaky_sums_backward(
     device yet.
 
     Args:
-      g: cotangent of the sums [B, T, H, K]; what stands at padding is ignored.
-      g_final: cotangent of the final sums [B, H, K], float32.
-      sums: what the forward pass returned.
-      rate: decay rates [H], float32.
-      clock: time of packed rows; None: every token is a tick.
+      inputs: operands.
       x_dtype: dtype of the inputs, which their cotangent gets.
       config: launch configuration; None takes that of the tables.
       precision: of the products of decays and cotangents (see `product`).
@@ -67,14 +59,17 @@ def leaky_sums_backward(
       The cotangent of x; Σ_{t>1} a_t <s_t, h_{t-1}> [H] over the tokens that decay, to which the
       first token adds <dstart, start>; dstart, the cotangent of the state before the first token.
     """
+    g, dfinal, sums, rate, clock = inputs
     batch, length, heads, width = g.shape
     config = config or find_config(x_dtype, g.shape)
     grid = layout(config, g.shape)
     clocks = as_operands(clock)
     where = specs(grid, length, packed=bool(clocks))
-    handed: tuple[Array, ...] = ()
+    carry_grads: tuple[Array, ...] = ()
     if grid.splits > 1:
-        handed = (split_sums(g, rate, clocks, grid, config, reverse=True, interpret=interpret),)
+        carry_grads = (
+            split_sums(g, rate, clocks, grid, config, reverse=True, interpret=interpret),
+        )
     kernel = functools.partial(
         _kernel,
         length=length,
@@ -94,7 +89,7 @@ def leaky_sums_backward(
             where["tokens"],
             where["rate"],
             where["state"],
-            *([where["splits"]] * len(handed)),
+            *([where["splits"]] * len(carry_grads)),
             *where["clock"],
         ],
         out_specs=[where["tokens"], where["split"], where["split"]],
@@ -102,7 +97,7 @@ def leaky_sums_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(g, sums, rate, g_final, *handed, *clocks)
+    )(g, sums, rate, dfinal, *carry_grads, *clocks)
     return dx, jnp.sum(products, axis=(0, 1, 3)), carried[:, 0]
 
 
@@ -120,7 +115,7 @@ def _kernel(
     interpret: bool,
 ) -> None:
     *optional, dx_ref, carried_ref, products_ref = refs
-    handed_ref = optional.pop(0) if layout.splits > 1 else None
+    grads_ref = optional.pop(0) if layout.splits > 1 else None
     times = Times(length, tuple(optional))
     columns = pl.program_id(0) * layout.block + jnp.arange(layout.block) < width
     first = pl.program_id(2) * layout.span
@@ -156,15 +151,20 @@ def _kernel(
         return carry, products
 
     carry = load(final_ref, columns)
-    if handed_ref is not None:
-        carry = _incoming(handed_ref, carry, times, log2_decay, columns, layout)
+    if grads_ref is not None:
+        carry = _incoming(grads_ref, carry, times, log2_decay, columns, layout)
     carry, products = jax.lax.fori_loop(0, number, step, (carry, jnp.zeros_like(carry)))
     store(carried_ref, carry, columns)
     store(products_ref, products, columns)
 
 
 def _incoming(
-    handed_ref: Any, final: Array, times: Times, log2_decay: Array, columns: Array, layout: Layout
+    grads_ref: Any,
+    final: Array,
+    times: Times,
+    log2_decay: Array,
+    columns: Array,
+    layout: Layout,
 ) -> Array:
     """Add up what the splits after this one, and the final state, hand to its last token."""
     split = pl.program_id(2)
@@ -172,6 +172,6 @@ def _incoming(
     now = times.at((split + 1) * layout.span - 1)
     weights = decay_between(log2_decay, times.at(order * layout.span - 1), now)
     later = (order > split) & (order < layout.splits)
-    handed = load(handed_ref, later[:, None] & columns[None, :])
+    carry_grads = load(grads_ref, later[:, None] & columns[None, :])
     end = decay_between(log2_decay, times.at(times.length - 1), now)
-    return end * final + jnp.sum(jnp.where(later, weights, 0.0)[:, None] * handed, axis=0)
+    return end * final + jnp.sum(jnp.where(later, weights, 0.0)[:, None] * carry_grads, axis=0)

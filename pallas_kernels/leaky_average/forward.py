@@ -9,10 +9,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels._compat import Precision, launch, load, pl, store
+from pallas_kernels._tiles import LOG2_E
 from pallas_kernels.leaky_average.launch import Layout, LeakyAverageConfig, find_config, layout
 from pallas_kernels.leaky_average.tiles import (
-    LOG2_E,
-    Clock,
+    Inputs,
     Times,
     as_operands,
     column,
@@ -27,10 +27,7 @@ from pallas_kernels.leaky_average.tiles import (
 
 
 def leaky_sums_forward(
-    x: Array,
-    rate: Array,
-    start: Array,
-    clock: Clock | None = None,
+    inputs: Inputs,
     *,
     out_dtype: DTypeLike,
     config: LeakyAverageConfig | None = None,
@@ -50,10 +47,7 @@ def leaky_sums_forward(
     and once more e_in B T H K with several splits. Not measured on a device yet.
 
     Args:
-      x: inputs [B, T, H, K], any T and K.
-      rate: decay rates [H], float32, >= 0.
-      start: sums before the first token [B, H, K], float32.
-      clock: time of packed rows; None: every token is a tick.
+      inputs: operands.
       out_dtype: dtype of the sums.
       config: launch configuration; None takes that of the tables.
       precision: of the products of decays and inputs (see `product`).
@@ -62,6 +56,7 @@ def leaky_sums_forward(
     Returns:
       The sums [B, T, H, K], standing still at padding, and the last of them in float32 [B, H, K].
     """
+    x, rate, start, clock = inputs
     batch, length, heads, width = x.shape
     config = config or find_config(x.dtype, x.shape)
     grid = layout(config, x.shape)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels._compat import Precision, launch, load, mm, pl, store
+from pallas_kernels._tiles import LOG2_E
 from pallas_kernels.leaky_average.launch import Layout, LeakyAverageConfig
 
-LOG2_E = 1.4426950408889634
 REAL, COUNTED = 1, 2
 """Bits of a token's flags: it is no padding; the token after it decays."""
 
@@ -27,6 +27,32 @@ class Clock(NamedTuple):
     """Resets up to and including this token."""
     valid: Array
     """Real tokens, bool."""
+
+
+class Inputs(NamedTuple):
+    """Operands of the op and of its forward kernel."""
+
+    x: Array
+    """Inputs [B, T, H, K], any T and K."""
+    rate: Array
+    """Decay rates [H], float32, >= 0 and finite."""
+    start: Array
+    """Sums before the first token [B, H, K], float32."""
+    clock: Clock | None = None
+    """Time of packed rows; None: every token is a tick."""
+
+
+class GradInputs(NamedTuple):
+    """Operands of the backward kernel."""
+
+    dsums: Array
+    """Cotangent of the sums [B, T, H, K]; what stands at padding is ignored."""
+    dfinal: Array
+    """Cotangent of the final sums [B, H, K], float32."""
+    sums: Array
+    """What the forward kernel returned."""
+    rate: Array
+    clock: Clock | None = None
 
 
 def as_operands(clock: Clock | None) -> tuple[Array, ...]:

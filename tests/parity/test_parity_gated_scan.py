@@ -16,7 +16,7 @@ from pallas_kernels.gated_scan import GatedScanConfig
 from pallas_kernels.gated_scan.launch import layout
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
 from tests.helpers.leaky_average import IDS, LENGTH
-from tests.helpers.off_cpu import trees_only
+from tests.helpers.off_cpu import elsewhere_only
 
 WHOLE = GatedScanConfig(rows=4, block=64)
 SPLIT = GatedScanConfig(rows=2, block=16, span=4, programs=10**6)
@@ -51,7 +51,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dic
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "tree":
-        trees_only(monkeypatch, op)
+        elsewhere_only(monkeypatch, op)
 
 
 def inputs(batch: int, length: int, width: int = 3) -> Inputs:
@@ -182,9 +182,8 @@ def test_two_halves_make_the_whole(form: dict[str, Any]):
     def both(x: jax.Array, log_decay: jax.Array) -> Any:
         head, state = gated_scan(x[:, :7], log_decay[:, :7], initial_state=start, **form)
         tail, state = gated_scan(x[:, 7:], log_decay[:, 7:], initial_state=state, **form)
-        return (jnp.concatenate([head, tail], axis=1), state), gated_scan(
-            x, log_decay, initial_state=start, **form
-        )
+        whole = gated_scan(x, log_decay, initial_state=start, **form)
+        return (jnp.concatenate([head, tail], axis=1), state), tuple(whole)
 
     parts, whole = both(x, log_decay)
     assert_close(parts, whole, FORWARD)
@@ -270,12 +269,22 @@ def test_no_float64_kernel():
         gated_scan(jnp.zeros((1, 4, 2), jnp.float64), jnp.zeros((1, 4, 2)), implementation="pallas")
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)])
+def test_no_row_and_no_token(shape: tuple[int, ...]):
+    x, start = jnp.zeros(shape), jnp.ones((shape[0], 2))
+    ids = jnp.ones(shape[:2], jnp.int32)
+    for name in ("xla", "reference", "pallas"):
+        out = gated_scan(x, x, initial_state=start, segment_ids=ids, implementation=name)
+        assert out.h.shape == shape
+        np.testing.assert_array_equal(out.state, start)
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
         (((1, 4, 2), (1, 4, 1), (1, 2)), r"log_decay has shape \(1, 4, 1\).*shape \(1, 4, 2\)"),
         (((1, 4, 2), (1, 4, 2), (2, 1)), r"initial_state has shape \(2, 1\).*shape \(1, 2\)"),
-        (((1, 0, 2), (1, 0, 2), (1, 2)), r"an axis of x \(1, 0, 2\) is empty"),
+        (((1, 3, 0), (1, 3, 0), (1, 0)), r"an axis of x \(1, 3, 0\) is empty"),
     ],
 )
 def test_shapes(shapes: Any, message: str, monkeypatch: pytest.MonkeyPatch):

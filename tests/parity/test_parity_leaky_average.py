@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.ops.leaky_average import LeakyState, decay_rate, leaky_average
+from jaxmem.ops.leaky_average import LeakyOutput, LeakyState, decay_rate, leaky_average
 from tests.helpers.compare import FORWARD, GRADIENT, assert_close, rms_error
 from tests.helpers.leaky_average import (
     CHUNK,
@@ -157,7 +157,7 @@ def test_split_equals_whole(scaling: str):
                 initial_segment=jnp.asarray(at_cut),
                 **options,
             )
-            parts.append((jnp.concatenate([head, tail], axis=1), after))
+            parts.append(LeakyOutput(jnp.concatenate([head, tail], axis=1), after))
         return whole, parts
 
     args = (x, RATES, state_of(jnp.asarray(start), jnp.asarray(weight), scaling))

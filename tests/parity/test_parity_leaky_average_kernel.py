@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmem.errors import KernelUnsupported, ShapeError
-from jaxmem.ops.leaky_average import LeakyState, leaky_average
+from jaxmem.ops.leaky_average import LeakyOutput, LeakyState, leaky_average
 from pallas_kernels._compat import make_mesh
 from pallas_kernels.leaky_average import LeakyAverageConfig
 from pallas_kernels.leaky_average.launch import layout
@@ -169,7 +169,7 @@ def test_two_halves_make_the_whole():
             initial_segment=at_cut,
             **options,
         )
-        return whole, (jnp.concatenate([head, tail], axis=1), state)
+        return whole, LeakyOutput(jnp.concatenate([head, tail], axis=1), state)
 
     whole, parts = both(x)
     assert_close(parts, whole, FORWARD)
@@ -263,7 +263,18 @@ def test_no_float64_kernel():
         leaky_average(jnp.zeros((1, 4, 1, 2), jnp.float64), RATE, implementation="pallas")
 
 
-def test_no_token(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("scaling", ["sum", "normalised"])
+@pytest.mark.parametrize("shape", [(0, 5, 1, 2), (2, 0, 1, 2)])
+def test_no_row_and_no_token(shape: tuple[int, ...], scaling: str):
+    state = state_of(jnp.ones((shape[0], 1, 2)), jnp.ones((shape[0], 1, 1)), scaling)
+    options = {"initial_state": state, "segment_ids": jnp.ones(shape[:2], jnp.int32)}
+    for name in ("xla", "reference", "pallas"):
+        out = leaky_average(jnp.zeros(shape), RATE, scaling=scaling, implementation=name, **options)
+        assert out.y.shape == shape
+        assert_close(out.state, state, FORWARD)
+
+
+def test_no_channel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ShapeError, match=r"an axis of x \(1, 0, 1, 2\) is empty"):
-        leaky_average(jnp.zeros((1, 0, 1, 2)), RATE)
+    with pytest.raises(ShapeError, match=r"an axis of x \(1, 4, 1, 0\) is empty"):
+        leaky_average(jnp.zeros((1, 4, 1, 0)), RATE)

@@ -16,13 +16,14 @@ from jaxmem.ops import gated_scan as scan_op
 from jaxmem.ops import weighted_average as average_op
 from jaxmem.ops.weighted_average import (
     EMPTY,
+    WeightedOutput,
     WeightedState,
     init_weighted_state,
     weighted_average,
 )
 from pallas_kernels.gated_scan import GatedScanConfig
 from tests.helpers.compare import Budget, assert_close
-from tests.helpers.off_cpu import trees_only
+from tests.helpers.off_cpu import elsewhere_only
 
 FORMS = {"steps": "xla", "tree": "xla", "reference": "reference", "pallas": "pallas"}
 """Implementation of each form; the tree is what `xla` runs off the CPU."""
@@ -41,7 +42,7 @@ Operands = dict[str, jax.Array]
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation of each form."""
     if request.param == "tree":
-        trees_only(monkeypatch, average_op, scan_op)
+        elsewhere_only(monkeypatch, average_op, scan_op)
     return FORMS[request.param]
 
 
@@ -67,7 +68,7 @@ def start(weights: int) -> WeightedState:
     return WeightedState(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in shapes))
 
 
-def direct(o: dict[str, jax.Array], state: WeightedState | None) -> tuple[jax.Array, WeightedState]:
+def direct(o: Operands, state: WeightedState | None) -> WeightedOutput:
     """Give every pair of tokens its weight, from all tokens for every token anew: O(T^2)."""
     v, k = o["v"], jnp.broadcast_to(o["k"], o["v"].shape)
     w = jnp.broadcast_to(o["w"], k.shape)
@@ -90,7 +91,7 @@ def direct(o: dict[str, jax.Array], state: WeightedState | None) -> tuple[jax.Ar
         logs = jnp.where(diagonal, (o["u"] + k)[:, None], logs - w[:, :, None])
         logs = jnp.where(past, logs, -jnp.inf)
         means = jnp.einsum("btshv,bshv->bthv", jax.nn.softmax(logs, axis=2), v)
-    return means[:, -length:], after
+    return WeightedOutput(means[:, -length:], after)
 
 
 def functional(tree: Any) -> jax.Array:
@@ -216,7 +217,7 @@ def test_two_halves_are_one_call(form: str):
         )
         before = jnp.array([3, 5])  # documents at the cut
         y_2, state = op(form, segment_ids=ids[:, cut:], initial_segment=before)(second, state)
-        return jnp.concatenate([y_1, y_2], axis=1), state
+        return WeightedOutput(jnp.concatenate([y_1, y_2], axis=1), state)
 
     whole = op(form, segment_ids=ids, initial_segment=jnp.array([3, 9]))
     expected = value_and_grads(whole)(o, start(1))
@@ -341,10 +342,21 @@ def test_config_and_interpret_are_those_of_the_scan(monkeypatch: pytest.MonkeyPa
         op("pallas", config=GatedScanConfig(block=48))(o, None)
 
 
+@pytest.mark.parametrize("cut", [np.s_[:0], np.s_[:, :0]], ids=["no row", "no token"])
+def test_nothing_changes_nothing(cut: Any):
+    o = {n: a if n == "u" else a[cut] for n, a in operands(5, varying=True).items()}
+    state = jax.tree.map(lambda a: a[: len(o["v"])], start(WIDTH))
+    ids = jnp.ones(o["v"].shape[:2], jnp.int32)
+    for name in set(FORMS.values()):
+        y, after = op(name, segment_ids=ids)(o, state)
+        assert y.shape == o["v"].shape
+        assert_close(after, state, FORWARD)
+
+
 def test_bad_input():
     o = operands(5, varying=True)
     with pytest.raises(ShapeError, match=r"an axis of values .* is empty"):
-        op("auto")({n: a if n == "u" else a[:, :0] for n, a in o.items()}, None)
+        op("auto")(dict(o, v=o["v"][..., :0]), None)
     with pytest.raises(ShapeError, match=r"broadcast to \[B T H 1\] or \[B T H V\]"):
         op("auto")(dict(o, w=o["w"][..., :2]), None)
     with pytest.raises(ShapeError, match=r"log_total has shape \(2, 2, 1\).*shape \(2, 2, 3\)"):

@@ -55,4 +55,4 @@ def test_gated_scan_of_packed_rows(implementation: str, ids: list[int], gates: l
             document = name
             final = kept * final + x[:, t]
             h[:, t] = final
-    assert_close(out, (h, final), FORWARD)
+    assert_close(tuple(out), (h, final), FORWARD)

@@ -202,9 +202,9 @@ OPS = (
     Op(
         name="leaky_average",
         draw=_draw_leaky,
-        call=lambda x, rate, *, implementation: leaky_average(
-            x, rate, implementation=implementation
-        )[0],
+        call=lambda x, rate, *, implementation: (
+            leaky_average(x, rate, implementation=implementation).y
+        ),
         exact=exact.leaky_average,
         work=_leaky_work,
         shapes=({"B": 8, "T": 2048, "H": 16, "K": 64}, {"B": 1, "T": 32768, "H": 16, "K": 64}),
@@ -217,9 +217,9 @@ OPS = (
     Op(
         name="gated_scan",
         draw=_draw_gated,
-        call=lambda x, log_decay, *, implementation: gated_scan(
-            x, log_decay, implementation=implementation
-        )[0],
+        call=lambda x, log_decay, *, implementation: (
+            gated_scan(x, log_decay, implementation=implementation).h
+        ),
         exact=exact.gated_scan,
         work=_gated_work,
         shapes=({"B": 8, "T": 2048, "D": 1024}, {"B": 1, "T": 32768, "D": 1024}),
@@ -229,9 +229,9 @@ OPS = (
     Op(
         name="weighted_average",
         draw=_draw_weighted,
-        call=lambda values, log_weight, log_decay, *, implementation: weighted_average(
-            values, log_weight, log_decay, implementation=implementation
-        )[0],
+        call=lambda values, log_weight, log_decay, *, implementation: (
+            weighted_average(values, log_weight, log_decay, implementation=implementation).y
+        ),
         exact=exact.weighted_average,
         work=_weighted_work,
         shapes=({"B": 8, "T": 2048, "H": 16, "V": 64}, {"B": 1, "T": 32768, "H": 16, "V": 64}),

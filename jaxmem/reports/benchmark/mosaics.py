@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.errors import ConfigError
-from jaxmem.ops.leaky_average import LeakyState
+from jaxmem.ops.leaky_average import LeakyOutput, LeakyState
 from jaxmem.reports.benchmark import baselines, result, timing
 from jaxmem.tasks.language_modeling import language_model_loss
 from jaxmem.training.layout import ModelParts, init_params, take_apart
@@ -126,11 +126,11 @@ def leaky_averages_as(form: Form) -> Iterator[None]:
         yield
         return
 
-    def by_matrix(x: jax.Array, rate: jax.Array, **options: Any) -> tuple[jax.Array, LeakyState]:
+    def by_matrix(x: jax.Array, rate: jax.Array, **options: Any) -> LeakyOutput:
         if options["segment_ids"] is not None or options["initial_state"] is not None:
             raise ConfigError("The (T, T) form is a baseline for one document from its start.")
         y = baselines.leaky_average_by_matrix(x, rate)
-        return y, LeakyState(y[:, -1], None)
+        return LeakyOutput(y, LeakyState(y[:, -1], None))
 
     with mock.patch("jaxmem.nn.features.leaky_average", by_matrix):
         yield

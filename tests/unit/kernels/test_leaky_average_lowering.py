@@ -22,7 +22,7 @@ def label(entry: Entry) -> str:
 @pytest.mark.parametrize("entry", launches(NAME, "default"), ids=label)
 def test_the_kernels_of_every_entry(entry: Entry):
     for case, (name, kernels) in zip(cases(entry), locked_names(NAME, entry), strict=True):
-        x = case.operands[0]
+        x = case.operands[0][0]
         splits = layout(LeakyAverageConfig(**entry.config), x.shape).splits
         first = case.name.replace("forward", "ends").replace("backward", "handed")
         wanted = [first, case.name] if splits > 1 else [case.name]

@@ -100,7 +100,7 @@ WRONG_SHAPES: list[tuple[str, dict[str, Any], str]] = [
     ("weighted_average", means(SUMS[:1]), r"mean has shape \(1, 2, 4\).*shape \(2, 2, 4\)"),
     ("weighted_average", means(SUMS[..., :3]), r"mean has shape \(2, 2, 3\).*shape \(2, 2, 4\)"),
     ("weighted_average", means(log_total=SUMS[:1]), r"log_total has shape \(1, 2, 4\)"),
-    ("weighted_average", {"values": X[:0]}, r"an axis of values \(0, 5, 2, 4\) is empty"),
+    ("weighted_average", {"values": X[..., :0]}, r"an axis of values \(2, 5, 2, 0\) is empty"),
     ("weighted_average", {"values": X[0]}, r"values has shape .*\[B T H V\]"),
     ("persistent_read", {"scale": jnp.ones(3)}, r"shape \(3,\).*one number.*shape \(2,\)"),
     ("persistent_read", {"scale": jnp.ones((2, 1))}, r"shape \(2, 1\).*one number"),

@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from jaxmem.ops.norms import at_least_float32, clamped_exp, l2_normalise, layer_norm, rms_norm
 from tests.helpers.compare import FORWARD, GRADIENT, assert_close
+from tests.helpers.derivatives import derivatives
 
 
 def test_l2_normalise_at_and_near_zero():
@@ -109,3 +111,55 @@ def test_rms_norm_rounds_once():
     y = rms_norm(x, weight)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, rms_norm(x.astype(jnp.float32), weight).astype(jnp.bfloat16))
+
+
+def test_every_derivative_of_norms():
+    x, weight, bias = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(3, 8), (8,), (8,)])
+    )
+    x = 3.0 * x + 1.0
+
+    def layer_formula(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        variance = jnp.var(x, -1, keepdims=True)
+        return (x - jnp.mean(x, -1, keepdims=True)) / jnp.sqrt(variance + 1e-5) * weight + bias
+
+    pairs = [
+        (layer_norm, layer_formula, (x, weight, bias)),
+        (
+            rms_norm,
+            lambda x, w: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * w,
+            (x, weight),
+        ),
+        (l2_normalise, lambda x: x / jnp.sqrt(jnp.sum(x**2, -1, keepdims=True)), (x,)),
+    ]
+    results = jax.jit(
+        lambda: [[derivatives(f, *args) for f in (ours, formula)] for ours, formula, args in pairs]
+    )()
+    for found, expected in results:
+        assert_close(found, expected, GRADIENT)
+
+
+def test_the_gradient_of_layer_norm_is_added_to_the_stream_at_once():
+    """Separate terms of it would be summed late, for all layers together."""
+    ones = jnp.ones(8)
+
+    def pull(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: x + layer_norm(x, ones, None), x)[1](g)[0]
+
+    x = jnp.ones((3, 8))
+    names = [equation.primitive.name for equation in jax.make_jaxpr(pull)(x, x).jaxpr.eqns]
+    assert names.count("add_any") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_norms_of_nothing(shape: tuple[int, ...]):
+    x = jnp.zeros(shape)
+    for y in (layer_norm(x, jnp.ones(8), jnp.ones(8)), rms_norm(x, jnp.ones(8)), l2_normalise(x)):
+        assert y.shape == shape
+
+
+def test_norms_of_numpy_arrays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x, weight = np.random.default_rng(0).normal(size=(3, 8)), np.ones(8)
+    for y in (layer_norm(x, weight, weight), rms_norm(x, weight), l2_normalise(x)):
+        assert y.dtype == jnp.float32

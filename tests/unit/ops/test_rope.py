@@ -10,7 +10,8 @@ import pytest
 
 from jaxmem.errors import ConfigError, DTypeError, ShapeError, UnknownName
 from jaxmem.ops.rope import rope
-from tests.helpers.compare import FORWARD, assert_close
+from tests.helpers.compare import FORWARD, GRADIENT, assert_close
+from tests.helpers.derivatives import check_modes, derivatives
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
 PLACES = np.array([[0, 1, 2, 3, 4], [7, 0, 1, 8191, 2]])
@@ -113,3 +114,35 @@ def test_mistakes_are_named(
     call: dict[str, Any] = {"x": X, "positions": jnp.arange(5), "layout": "half"} | change
     with pytest.raises(error, match=words):
         rope(**call)
+
+
+@pytest.mark.parametrize("layout", ["half", "pairs"])
+def test_every_derivative_of_a_turn(layout: Any):
+    """A turn is linear, so its only tangent is itself and its gradient the turn back."""
+    places = jnp.asarray(PLACES)
+
+    @jax.jit
+    def run(x: jax.Array, g: jax.Array) -> Any:
+        turn = lambda x: rope(x, places, layout=layout)  # noqa: E731
+        _, tangent = jax.jvp(turn, (x,), (g,))
+        (back,) = jax.vjp(turn, x)[1](turn(g))
+        return tangent, turn(g), back, derivatives(turn, x)
+
+    g = jnp.cos(X)
+    tangent, turned_g, back, every = run(X, g)
+    np.testing.assert_array_equal(tangent, turned_g)
+    assert_close(back, g, FORWARD)
+    check_modes(every, lambda a, b: assert_close(a, b, GRADIENT))
+
+
+def test_nothing_to_turn():
+    for x in (X[:0], X[:, :0]):
+        assert rope(x, jnp.arange(x.shape[1]), layout="half").shape == x.shape
+
+
+def test_numpy_arrays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    wide = np.asarray(X, np.float64)
+    y = rope(wide, PLACES, layout="half")
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, rope(X, jnp.asarray(PLACES), layout="half"))
