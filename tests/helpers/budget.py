@@ -42,6 +42,11 @@ Costs = dict[str, Cost]
 """By folder, as in `unit/data`."""
 
 
+def folder_of(item: pytest.Item) -> str:
+    """Return the folder of a test below `tests`."""
+    return item.path.parent.relative_to(BUDGET.parent).as_posix()
+
+
 def excesses(costs: Mapping[str, Cost], budget: Mapping[str, Cost]) -> list[str]:
     """Return a line for each folder that exceeds its budget by half or has none."""
     lines = []
@@ -105,7 +110,7 @@ class Meter:
 
         jax.monitoring.register_event_duration_secs_listener(count)
 
-    def add(self, costs: Mapping[str, tuple[float, int]]) -> None:
+    def add(self, costs: Mapping[str, Cost | tuple[float, int]]) -> None:
         """Add costs that were measured here or in a worker."""
         for folder, cost in costs.items():
             self.costs[folder] = self.costs[folder].plus(Cost(*cost))
@@ -122,8 +127,8 @@ class Meter:
         start = self.now()
         result = yield
         end = self.now()
-        folder = item.path.parent.relative_to(BUDGET.parent).as_posix()
-        self.add({folder: (end.seconds - start.seconds, end.programs - start.programs)})
+        cost = Cost(end.seconds - start.seconds, end.programs - start.programs)
+        self.add({folder_of(item): cost})
         return result
 
     @pytest.hookimpl(optionalhook=True)
@@ -162,6 +167,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["check", "write"],
         help="fail where a folder of tests exceeds tests/budget.json by half, or renew that file",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the dearest folders first, so that all workers end at about the same time."""
+    budget = read()
+    items.sort(key=lambda item: -budget.get(folder_of(item), Cost()).seconds)
 
 
 def pytest_configure(config: pytest.Config) -> None:

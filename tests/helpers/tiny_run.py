@@ -36,6 +36,11 @@ TINY_MODEL = DecoderConfig(
     feed_forward=MLPConfig(),
 )
 
+LIGHT_MODEL = DecoderConfig(
+    context_len=8, dim=8, depth=1, dropout=0.1, mixer=MLPConfig(), feed_forward=None
+)
+"""For tests of the loop around a model, which need nothing of it but dropout."""
+
 
 class Output(NamedTuple):
     logits: jax.Array

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and started again equals the one that never stopped."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -14,7 +15,7 @@ from jaxmem.errors import CheckpointMismatch, JaxmemError
 from jaxmem.training.loop import Loop
 from jaxmem.training.model import load_run
 from jaxmem.training.run import train
-from tests.helpers.tiny_run import rows, saved_arrays, tiny_run, with_run
+from tests.helpers.tiny_run import LIGHT_MODEL, rows, saved_arrays, tiny_run, with_run
 
 
 class Killed(Exception):
@@ -22,16 +23,32 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def config(tmp_path_factory):
+    """The run of this file; each test trains it in a folder of its own, on the same text."""
+    return tiny_run(tmp_path_factory.mktemp("whole") / "run", model=LIGHT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def whole(config):
     """The uninterrupted run: rows of metrics and all saved arrays of its last checkpoint."""
-    config = tiny_run(tmp_path_factory.mktemp("whole") / "run")
     train(config)
     return rows(config.run.folder), saved_arrays(config.run.folder, 12)
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    return tiny_run(tmp_path / "run")
+def tiny(config, tmp_path):
+    return with_run(config, dir=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """The folder of a run that was killed before update 10, with checkpoints 4 and 8."""
+    run = with_run(config, dir=str(tmp_path_factory.mktemp("killed") / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 10, "kill")
+        with pytest.raises(Killed):
+            train(run)
+    return run.run.folder
 
 
 def stop_at(monkeypatch, step, how):
@@ -97,11 +114,8 @@ def test_stopped_twice_without_progress_between(whole, tiny, monkeypatch):
     "file",
     ["params/d/*", "opt_state/d/*", "loop/manifest.ocdbt", "data/process_*", "meta/metadata"],
 )
-def test_damaged_checkpoint_falls_back_and_says_so(whole, tiny, monkeypatch, capsys, file):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, "kill")
-        with pytest.raises(Killed):
-            train(tiny)
+def test_damaged_checkpoint_falls_back_and_says_so(whole, killed, tiny, capsys, file):
+    shutil.copytree(killed, tiny.run.folder)
     for path in (tiny.run.folder / "checkpoints" / "8").glob(file):
         os.truncate(path, path.stat().st_size // 2)
     capsys.readouterr()
@@ -114,11 +128,8 @@ def test_damaged_checkpoint_falls_back_and_says_so(whole, tiny, monkeypatch, cap
 
 
 @pytest.mark.parametrize("item", ["params", "opt_state", "loop", "data", "meta"])
-def test_other_values_in_whole_files_are_noticed(whole, tiny, monkeypatch, capsys, item):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, "kill")
-        with pytest.raises(Killed):
-            train(tiny)
+def test_other_values_in_whole_files_are_noticed(whole, killed, tiny, capsys, item):
+    shutil.copytree(killed, tiny.run.folder)
     put_older_values(tiny.run.folder, item)
     capsys.readouterr()
     train(tiny)
@@ -199,8 +210,6 @@ def test_more_steps_go_on(whole, tiny):
 
 
 def test_config_change_must_be_allowed_and_shapes_must_fit(tiny, capsys):
-    import dataclasses
-
     train(with_run(tiny, steps=4))
     slower = dataclasses.replace(tiny, optim=dataclasses.replace(tiny.optim, lr=5e-3))
     with pytest.raises(CheckpointMismatch, match=r"optim\.lr: 0\.01 in the folder, 0\.005 now"):
@@ -213,10 +222,9 @@ def test_config_change_must_be_allowed_and_shapes_must_fit(tiny, capsys):
         train(with_run(deeper, steps=12, allow_config_change=True))
 
 
-def test_newest_and_best_are_kept(tmp_path, monkeypatch):
+def test_newest_and_best_are_kept(tiny, monkeypatch):
     losses = {0: 9.0, 2: 1.0, 4: 5.0, 6: 4.0, 8: 3.0}
     monkeypatch.setattr(Loop, "_evaluate", lambda self, name: {"loss": losses[self.step]})
-    config = tiny_run(tmp_path / "run", run={"steps": 8, "eval_every": 2, "keep": 2})
-    train(config)
-    kept = sorted(int(p.name) for p in (config.run.folder / "checkpoints").iterdir())
+    train(with_run(tiny, steps=8, eval_every=2, keep=2))
+    kept = sorted(int(p.name) for p in (tiny.run.folder / "checkpoints").iterdir())
     assert kept == [2, 6, 8]

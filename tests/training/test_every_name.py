@@ -62,17 +62,18 @@ def test_trains_and_decodes(name: str):
             update, (params, optimizer.init(params)), length=STEPS + 1
         )
         model = parts.merge(params)
-        out = model(batch["tokens"], model.init_state(2, max_len=LENGTH + NEW))
+        prompt = jnp.pad(batch["tokens"], [(0, 0), (0, NEW)])
 
-        def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-            logits, state = carry
-            token = jnp.argmax(logits, axis=-1)
+        def step(carry: tuple[Any, Any], place: jax.Array) -> tuple[tuple[Any, Any], tuple]:
+            best, state = carry
+            token = jnp.where(place < LENGTH, prompt[:, place], best)
             out = model.step(token, state)
-            return (out.logits, out.state), (token, out.logits)
+            best = jnp.argmax(out.logits, axis=-1).astype(token.dtype)
+            return (best, out.state), (token, out.logits)
 
-        _, (tokens, logits) = jax.lax.scan(step, (out.logits[:, -1], out.state), length=NEW)
-        whole = model(jnp.concatenate([batch["tokens"], tokens.T], axis=1)).logits
-        return losses, jnp.moveaxis(logits, 0, 1), whole[:, LENGTH:]
+        fresh = (prompt[:, 0], model.init_state(2, max_len=LENGTH + NEW))
+        _, (tokens, logits) = jax.lax.scan(step, fresh, jnp.arange(LENGTH + NEW))
+        return losses, jnp.moveaxis(logits, 0, 1), model(tokens.T).logits
 
     losses, decoded, whole = program(start)
     assert bool(jnp.all(jnp.isfinite(losses)))
