@@ -2,69 +2,82 @@
 
 Key j is visible to query i when it is at least `lag` and fewer than `window` places behind it in
 the same document. With lag 0 this is causal self-attention; with lag 1, keys as queries and
-look-ahead values it is the contextual memory of Memory Mosaics. A query that sees no key returns 0.
+look-ahead values it is the contextual memory of Memory Mosaics. With `causal=False` every key of a
+query's document is visible. A query that sees no key returns 0.
 """
 
 import functools
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
-from jaxmem.errors import ShapeError
 from jaxmem.ops import (
     attention_blocked,
     attention_cudnn,
     attention_reference,
     attention_xla,
 )
-from jaxmem.ops.attention_terms import (
-    LOWEST_GATE,
-    Dropout,
-    Extras,
-    Places,
-    Rule,
-    gates_at,
-    places_in_row,
-)
-from jaxmem.ops.attention_xla import Gradients, OfForget, Read, cotangents, delta_of
+from jaxmem.ops.attention_checks import check_operands, check_order, check_places
+from jaxmem.ops.attention_terms import FEW, LOWEST_GATE, Dropout, gates_at, places_in_row
+from jaxmem.ops.attention_xla import Read
 from jaxmem.ops.checks import (
     active_dropout,
-    check_axes,
+    as_arrays,
     check_clamp,
-    check_documents,
-    check_floating,
     check_precision,
-    check_shape,
     logit_scale,
 )
-from jaxmem.ops.dispatch import Implementation, declare, resolve
-from jaxmem.ops.first_order import first_order
+from jaxmem.ops.dispatch import Choice, Implementation, Slower, declare, resolve
 from jaxmem.ops.norms import at_least_float32
+from jaxmem.ops.platforms import Kernel, run_kernel
 from jaxmem.shapes import HeadScalars, Queries, SegmentIds
 from pallas_kernels import attention as kernels
-from pallas_kernels._compat import Precision
+from pallas_kernels._compat import Precision, vary_like
 from pallas_kernels._dropout import dropout_seed
 from pallas_kernels._interpret import interpreted
 from pallas_kernels._tiles import LOG2_E
-from pallas_kernels.pairs import FAR, Decay, PairTiles
+from pallas_kernels.attention import Operands, Rule, Saved
+from pallas_kernels.pairs import FAR, Decay, PairTiles, Places
 
-__all__ = ["Dropout", "Places", "attention", "attention_with_lse", "places_in_row"]
+__all__ = [
+    "AttentionOutput",
+    "Dropout",
+    "Places",
+    "attention",
+    "attention_with_lse",
+    "places_in_row",
+]
 
 GroupKeys = Float[Array, "B S G K"]
 GroupValues = Float[Array, "B S G V"]
 LogForget = Float[Array, "B S H"]
 ValueGate = Float[Array, "B S H"]
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
-def attention(
+
+class AttentionOutput(NamedTuple):
+    """What `attention_with_lse` returns."""
+
+    y: Float[Array, "B T H V"]
+    lse: Float[Array, "B T H"]
+    """Log-sum-exp of each query's logits, float32 or wider."""
+
+
+def _attend(
+    with_lse: bool,
     q: Queries,
     k: GroupKeys,
     v: GroupValues,
     *,
-    scale: float | HeadScalars,
+    scale: float | HeadScalars | None = None,
+    causal: bool = True,
     lag: int = 0,
     window: int | None = None,
     segment_ids: SegmentIds | None = None,
@@ -77,7 +90,59 @@ def attention(
     precision: Precision | None = None,
     config: PairTiles | None = None,
     interpret: bool | None = None,
-) -> Float[Array, "B T H V"]:
+) -> AttentionOutput:
+    arrays = (q, k, v, scale, segment_ids, places, log_forget, value_gate)
+    q, k, v, scale, segment_ids, places, log_forget, value_gate = as_arrays(*arrays)
+    check_operands(q, k, v, scale=scale, log_forget=log_forget, value_gate=value_gate)
+    scale = logit_scale("attention", scale, *q.shape[2:])
+    check_clamp("attention", clamp)
+    check_precision(precision)
+    dropout = active_dropout("attention", dropout)
+    check_order(causal, lag, window, log_forget)
+    check_places(q, k, causal, segment_ids, places)
+    options = {"scale": scale, "causal": causal, "lag": lag, "window": window, "clamp": clamp}
+    options |= {"log_forget": log_forget, "value_gate": value_gate, "dropout": dropout}
+    options |= {"places or segment_ids": places or segment_ids, "log-sum-exp": with_lse or None}
+    choice = resolve(
+        "attention", implementation, q, k, v, interpret=interpret, config=config, **options
+    )
+    distances = q.shape[1] if places is None else FAR
+    if log_forget is not None:
+        log_forget = _gates(log_forget, segment_ids)
+    rate, clamp = 0.0 if dropout is None else dropout.rate, None if clamp is None else float(clamp)
+    lag, window = _distances(lag, window, distances)
+    rule = Rule(lag, window, rate, precision, clamp, causal, in_order=causal and places is None)
+    # Gates are summed over slots: a row's tokens stand in theirs, other queries at their places.
+    slots = None if places is None else places.query
+    if segment_ids is not None:
+        places = places_in_row(segment_ids)
+    seed = None if dropout is None else dropout_seed(dropout.key)
+    operands = _operands(q, k, v, scale, _placed(places, causal), value_gate, seed)
+    static = _Static(rule, config, interpreted(interpret))
+    if choice.kernel == "cudnn" and not _nothing(q, k):
+        read = _cudnn(rule, operands, scale, elsewhere=choice.plain is not None)
+    else:
+        read = _run(choice, static, operands, slots, log_forget)
+    return AttentionOutput(read.y, jnp.moveaxis(read.lse, 1, 2))
+
+
+def _arguments_of(
+    core: Callable[Concatenate[bool, P], Any],
+) -> Callable[[Callable[..., Result]], Callable[P, Result]]:
+    """Let a function say that it takes what `core` takes after its first argument."""
+    parameters = list(inspect.signature(core).parameters.values())[1:]
+
+    def decorate(call: Callable[..., Result]) -> Callable[P, Result]:
+        returned = inspect.signature(call).return_annotation
+        signature = inspect.Signature(parameters, return_annotation=returned)
+        call.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return call
+
+    return decorate
+
+
+@_arguments_of(_attend)
+def attention(*arrays: Any, **options: Any) -> Float[Array, "B T H V"]:  # noqa: D417
     r"""Average values with softmax weights over the visible keys.
 
     y_i = Σ_j softmax_j(min(scale q_i·k_j, clamp) + Σ_{j<l≤i} log_forget_l) value_gate_j v_j over
@@ -85,16 +150,20 @@ def attention(
 
     Logits and weights are float32 or wider. Cost: 2 H (K + V) FLOPs forward and 2.5 times that
     backward per visible pair. Kept for the backward pass: the operands, y and a number per query
-    and head; weights that are few too (`attention_xla.fits_at_once`).
+    and head; weights that are few too (`attention_xla.fits_at_once`). Without queries or rows the
+    result is empty; without keys it is 0.
 
     Args:
       q: queries.
       k: keys; may be wider than the values where a large scale would magnify their rounding. Query
         head h reads key/value head h // (H / G).
       v: values; their dtype is that of the result.
-      scale: factor of the logits, one number or one per head. What float32 rounds of q·k counts
-        `scale` times: weights and y have a relative error of about 6e-8 |scale q·k|, gradients of q
-        and k that times scale. From e^16 on the nearest of close keys is lost; all stays finite.
+      scale: factor of the logits, one number or one per head; None: 1/sqrt(K). What float32 rounds
+        of q·k counts `scale` times: weights and y have a relative error of about 6e-8 |scale q·k|,
+        gradients of q and k that times scale. From e^16 on rounding decides between close keys; all
+        stays finite.
+      causal: whether places decide what is visible. Without, every key of the query's document is,
+        and queries and keys may differ in number without `places`, whose numbers do not matter.
       lag: how many places a key must be behind the query; 0 includes the query's own place.
       window: how many places back keys are visible, the query's own counted, any number; None:
         all.
@@ -102,7 +171,7 @@ def attention(
         is not seen and counts neither in distances nor with its gates. What q, k, v and value_gate
         hold there must be finite.
       places: places and documents where queries and keys are not one row of tokens. Without them
-        T = S; with every query placed after every key all keys are visible.
+        T = S, unless `causal` is False. From 0 to 2^30 - 1.
       log_forget: log of the share of what came before that each key's token lets through, of any
         sign (above 0 older keys gain), per query head. Below -1024 it counts as -1024 and gets no
         gradient; so -inf is the limit of low gates, and a query that sees only keys before one
@@ -115,16 +184,19 @@ def attention(
         dropped does not depend on the implementation.
       implementation: `reference` walks over queries with a `lax.scan`; `xla` takes all at once or,
         if these are many, tile by tile; `pallas` keeps tiles on chip; `cudnn` is cuDNN, for plain
-        causal calls in half precision.
+        calls in half precision. `auto` takes no kernel for 16 queries or fewer.
       precision: of float32 products; None: the fastest for values and gradients, and close to
         float32 for logits.
       config: tiles of the kernels; None: those of the table.
       interpret: run kernels interpreted; None: where there is no GPU.
 
     Raises:
-      ShapeError: shapes do not fit, an axis is empty, or no distance is within `lag` and `window`.
-      DTypeError: q, k, v, scale, log_forget or value_gate are not floating point.
-      ConfigError: the rate of the dropout is not in [0, 1), or clamp is not a finite number.
+      ShapeError: shapes do not fit, an axis but B, T and S is empty, or no distance is within `lag`
+        and `window`.
+      DTypeError: q, k, v, scale, log_forget or value_gate are not floating point, or documents or
+        places no integers.
+      ConfigError: the rate of the dropout is not in [0, 1), scale or clamp is not a finite number,
+        or lag, window or log_forget come with `causal=False`.
       UnknownName: no such implementation or precision.
       KernelUnsupported: the named implementation cannot run this call, or a second derivative of
         `pallas` is asked for.
@@ -134,46 +206,11 @@ def attention(
       and value_gate: `gated_softmax` of Mongaras and Larson's softmax attention as a recurrent
       network (arXiv 2507.23632), whose denominators follow from the log-sum-exp.
     """
-    return _attend(
-        q,
-        k,
-        v,
-        scale=scale,
-        lag=lag,
-        window=window,
-        segment_ids=segment_ids,
-        places=places,
-        log_forget=log_forget,
-        clamp=clamp,
-        value_gate=value_gate,
-        dropout=dropout,
-        implementation=implementation,
-        precision=precision,
-        config=config,
-        interpret=interpret,
-        wants_lse=False,
-    ).y
+    return _attend(False, *arrays, **options).y
 
 
-def attention_with_lse(
-    q: Queries,
-    k: GroupKeys,
-    v: GroupValues,
-    *,
-    scale: float | HeadScalars,
-    lag: int = 0,
-    window: int | None = None,
-    segment_ids: SegmentIds | None = None,
-    places: Places | None = None,
-    log_forget: LogForget | None = None,
-    clamp: float | None = None,
-    value_gate: ValueGate | None = None,
-    dropout: Dropout | None = None,
-    implementation: Implementation = "auto",
-    precision: Precision | None = None,
-    config: PairTiles | None = None,
-    interpret: bool | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+@_arguments_of(_attend)
+def attention_with_lse(*arrays: Any, **options: Any) -> AttentionOutput:
     """Return what `attention` returns and the log-sum-exp of each query's logits.
 
     lse_i = log Σ_j exp(min(scale q_i·k_j, clamp) + Σ_{j<l≤i} log_forget_l)
@@ -183,179 +220,15 @@ def attention_with_lse(
     both. exp(lse) y is the sum without a denominator, to be divided by any other
     (arXiv 2507.23632). Arguments and errors are those of `attention`; cuDNN does not give it.
     """
-    read = _attend(
-        q,
-        k,
-        v,
-        scale=scale,
-        lag=lag,
-        window=window,
-        segment_ids=segment_ids,
-        places=places,
-        log_forget=log_forget,
-        clamp=clamp,
-        value_gate=value_gate,
-        dropout=dropout,
-        implementation=implementation,
-        precision=precision,
-        config=config,
-        interpret=interpret,
-        wants_lse=True,
-    )
-    return read.y, jnp.moveaxis(read.lse, 1, 2)
-
-
-def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float | Array,
-    lag: int,
-    window: int | None,
-    segment_ids: Array | None,
-    places: Places | None,
-    log_forget: Array | None,
-    clamp: float | None,
-    value_gate: Array | None,
-    dropout: Dropout | None,
-    implementation: Implementation,
-    precision: Precision | None,
-    config: PairTiles | None,
-    interpret: bool | None,
-    wants_lse: bool,
-) -> Read:
-    _check_operands(q, k, v, scale, log_forget=log_forget, value_gate=value_gate)
-    check_clamp("attention", clamp)
-    _check_visibility(q, k, lag, window, segment_ids, places)
-    check_precision(precision)
-    lag, window = _distances(lag, window, FAR if places is not None else q.shape[1])
-    dropout = active_dropout("attention", dropout)
-    if log_forget is not None:
-        log_forget = jnp.maximum(log_forget, LOWEST_GATE)
-    if segment_ids is not None:
-        places = places_in_row(segment_ids)
-        if log_forget is not None:
-            log_forget = jnp.where((segment_ids != 0)[..., None], log_forget, 0.0)
-    # Gates are summed over slots: a row's tokens stand in theirs, other queries at their places.
-    slots = None if segment_ids is not None or places is None else places.query
-    form = resolve(
-        "attention",
-        implementation,
-        q,
-        k,
-        v,
-        scale=scale,
-        lag=lag,
-        window=window,
-        places=places,
-        log_forget=log_forget,
-        clamp=clamp,
-        value_gate=value_gate,
-        dropout=dropout,
-        config=config,
-        wants_lse=wants_lse,
-        interpret=interpret,
-    ).implementation
-    if form == "cudnn":
-        y = attention_cudnn.run(q, k, v, scale=float(scale), window=window)
-        return Read(y, jnp.zeros(()))
-    rate, clamp = 0.0 if dropout is None else dropout.rate, None if clamp is None else float(clamp)
-    rule = Rule(lag, window, rate, precision, clamp)
-    static = _Static(form, rule, config, interpreted(interpret))
-    seed = None if dropout is None else dropout_seed(dropout.key)
-    return _read_as(static, q, k, v, scale, places, slots, log_forget, value_gate, seed)
-
-
-def _read_as(
-    static: "_Static",
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: float | Array,
-    places: Places | None,
-    slots: Array | None,
-    log_forget: Array | None,
-    value_gate: Array | None,
-    seed: Array | None,
-) -> Read:
-    """Bring the operands of a checked call into the form that its implementation takes."""
-    form, rule = static.form, static.rule
-    dtype = jnp.promote_types(q.dtype, k.dtype)
-    q, k = q.astype(dtype), k.astype(dtype)
-    scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
-    gate = None if value_gate is None else jnp.moveaxis(value_gate.astype(scale.dtype), 1, 2)
-    if form == "reference":
-        return attention_reference.read(rule, q, k, v, scale, places, slots, log_forget, gate, seed)
-    decay = None if log_forget is None else gates_at(log_forget.astype(scale.dtype), slots)
-    extras = Extras(places, decay, gate, seed)
-    if form == "xla" and attention_xla.fits_at_once(q, k):
-        return attention_xla.at_once(rule, q, k, v, scale, extras)
-    return _read(static, q, k, v, scale, extras)
-
-
-def _check_operands(
-    q: Array, k: Array, v: Array, scale: float | Array, **gates: Array | None
-) -> None:
-    op = "attention"
-    check_floating(op, q=q, k=k, v=v, scale=scale, **gates)
-    check_axes(op, "q", q, "B T H K")
-    check_axes(op, "k", k, "B S G K")
-    check_axes(op, "v", v, "B S G V")
-    heads = q.shape[2]
-    if (
-        (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
-        or k.shape[:3] != v.shape[:3]
-        or heads % k.shape[2]
-    ):
-        raise ShapeError(
-            f"{op}: q {q.shape}, k {k.shape}, v {v.shape} do not fit together. "
-            "Expected q [B T H K], k [B S G K], v [B S G V] with H a multiple of G."
-        )
-    logit_scale(op, scale, heads, q.shape[3])
-    for name, gate in gates.items():
-        check_shape(op, name, gate, (*k.shape[:2], heads), "one gate per key and query head")
-
-
-def _check_visibility(
-    q: Array,
-    k: Array,
-    lag: int,
-    window: int | None,
-    segment_ids: Array | None,
-    places: Places | None,
-) -> None:
-    op, queries, keys = "attention", q.shape[:2], k.shape[:2]
-    if lag < 0 or (window is not None and window <= lag):
-        raise ShapeError(
-            f"{op}: with lag={lag} and window={window} the first visible key is not behind "
-            "the last. Use 0 <= lag < window."
-        )
-    if places is None and queries != keys:
-        raise ShapeError(
-            f"{op}: {queries[1]} queries and {keys[1]} keys without `places`. "
-            "Say where each stands, or pass rows of equal length."
-        )
-    check_documents(op, queries, segment_ids)
-    if places is None:
-        return
-    if segment_ids is not None:
-        raise ShapeError(f"{op}: both `places` and `segment_ids`. Places hold documents too.")
-    for name, expected in zip(Places._fields, (queries, keys, queries, keys), strict=True):
-        what = f"one number per {'query' if expected is queries else 'key'}"
-        check_shape(op, f"places.{name}", getattr(places, name), expected, what)
-
-
-def _distances(lag: int, window: int | None, distances: int) -> tuple[int, int | None]:
-    """Return a rule that is the same for places fewer than `distances` apart, in small numbers."""
-    everything = window is None or window >= distances
-    return min(lag, distances), None if everything else int(window)
+    return _attend(True, *arrays, **options)
 
 
 def _pallas_unmet(
     q: Any, k: Any, v: Any, *, config: PairTiles | None = None, **_: Any
 ) -> str | None:
-    return kernels.unmet(
+    if _nothing(q, k):
+        return Slower("there is nothing to read")
+    unmet = kernels.unmet(
         jnp.promote_types(q.dtype, k.dtype),
         v.dtype,
         q.shape[3],
@@ -364,105 +237,165 @@ def _pallas_unmet(
         rows=q.shape[0] * q.shape[2],
         config=config,
     )
+    if unmet is None and q.shape[1] <= FEW:
+        return Slower(f"it is built for rows of queries, and {q.shape[1]} are few")
+    return unmet
 
 
 def _cudnn_unmet(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    scale: Any = 1.0,
-    lag: int = 0,
-    window: int | None = None,
-    wants_lse: bool = False,
-    **extras: Any,
+    q: Any, k: Any, v: Any, *, scale: Any, causal: bool, window: int | None, lag: int, **rest: Any
 ) -> str | None:
-    names = ("places", "log_forget", "clamp", "value_gate", "dropout")
-    present = [n for n in names if extras.get(n) is not None]
-    if lag != 0 or wants_lse or present:
-        present = ["places or segment_ids" if n == "places" else n for n in present]
-        found = [*present, *(["lag"] if lag else []), *(["log-sum-exp"] if wants_lse else [])]
-        return f"it has no {', '.join(found)}"
-    return attention_cudnn.unmet(q, k, v, scale=scale, window=window)
+    present = [n for n, value in rest.items() if n != "config" and value is not None]
+    present += ["lag"] if lag else []
+    if present:
+        return f"it has no {', '.join(present)}"
+    if _nothing(q, k):
+        return Slower("there is nothing to read")
+    unmet = attention_cudnn.unmet(q, k, v, scale=scale, causal=causal, window=window)
+    if unmet is None and q.shape[1] <= FEW:
+        return Slower(f"it is built for rows of queries, and {q.shape[1]} are few")
+    return unmet
 
 
 declare(attention, cudnn=_cudnn_unmet, pallas=_pallas_unmet, xla=None, reference=None)
 
 
-class _Static(NamedTuple):
-    """What a call does not trace."""
+def _nothing(q: Any, k: Any) -> bool:
+    return 0 in (*q.shape[:2], k.shape[1])
 
-    form: str
+
+def _distances(lag: int, window: int | None, distances: Any) -> tuple[int, int | None]:
+    """Return a rule that is the same for places fewer than `distances` apart, in small numbers."""
+    if not isinstance(distances, int):  # a symbolic size
+        distances = FAR
+    everything = window is None or window >= distances
+    return min(int(lag), distances), None if everything else int(window)
+
+
+def _gates(log_forget: Array, segment_ids: Array | None) -> Array:
+    """Return gates that a sum may hold; those of padding let all pass."""
+    log_forget = jnp.maximum(log_forget, LOWEST_GATE)
+    if segment_ids is None:
+        return log_forget
+    return jnp.where((segment_ids != 0)[..., None], log_forget, 0.0)
+
+
+def _placed(places: Places | None, causal: bool) -> Places | None:
+    """Return places in 32 bits, all the same where order does not count."""
+    if places is None:
+        return None
+    places = Places(*(a.astype(jnp.int32) for a in places))
+    if causal:
+        return places
+    query, key = (jnp.zeros_like(a) for a in (places.query, places.key))
+    return places._replace(query=query, key=key)
+
+
+def _operands(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Any,
+    places: Places | None,
+    value_gate: Array | None,
+    seed: Array | None,
+) -> Operands:
+    """Bring arrays into the dtypes and layouts that all implementations take."""
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    q, k = q.astype(dtype), k.astype(dtype)
+    scale = jnp.broadcast_to(jnp.asarray(scale, at_least_float32(q).dtype), q.shape[2:3])
+    gate = None if value_gate is None else jnp.moveaxis(value_gate.astype(scale.dtype), 1, 2)
+    return Operands(q, k, v, scale, places, None, gate, seed)
+
+
+def _run(
+    choice: Choice,
+    static: "_Static",
+    operands: Operands,
+    slots: Array | None,
+    log_forget: Array | None,
+) -> Read:
+    q, k, v = operands[:3]
+    if _nothing(q, k):
+        shape = (*q.shape[:3], v.shape[3])
+        lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, operands.scale.dtype)
+        return Read(jnp.zeros(shape, v.dtype), lse)
+    if choice.implementation == "reference":
+        return attention_reference.read(static.rule, operands, slots, log_forget)
+    if log_forget is not None:
+        decay = gates_at(log_forget.astype(operands.scale.dtype), slots)
+        operands = operands._replace(decay=decay)
+    if choice.kernel is None:
+        return _xla(static.rule, operands)
+    return run_kernel(KERNEL, static, operands, elsewhere=choice.plain is not None)
+
+
+def _xla(rule: Rule, operands: Operands) -> Read:
+    operands = jax.tree.map(lambda a: vary_like(a, operands), operands)
+    if attention_xla.fits_at_once(operands.q, operands.k):
+        return attention_xla.at_once(rule, operands)
+    return attention_blocked.blocked(rule, operands)
+
+
+def _cudnn(rule: Rule, operands: Operands, scale: float, elsewhere: bool) -> Read:
+    """Run cuDNN; with `elsewhere`, plain JAX where the code does not run on a GPU."""
+    q, k, v = operands[:3]
+    run = functools.partial(
+        attention_cudnn.run, scale=scale, window=rule.window, causal=rule.causal
+    )
+
+    # cuDNN keeps y and its log-sum-exp; the residuals of both stand in one program.
+    @jax.checkpoint
+    def plain(q: Array, k: Array, v: Array) -> Array:
+        return _xla(rule, operands._replace(q=q, k=k, v=v)).y
+
+    y = lax.platform_dependent(q, k, v, cuda=run, default=plain) if elsewhere else run(q, k, v)
+    lse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), operands.scale.dtype)
+    return Read(y, lse)  # a log-sum-exp that nobody asked for
+
+
+class _Static(NamedTuple):
+    """What a call of the kernels does not trace."""
+
     rule: Rule
     config: PairTiles | None
     interpret: bool
 
-
-class _Residuals(NamedTuple):
-    """Enough for every backward pass, whichever implementation ran forward."""
-
-    q: Array
-    k: Array
-    v: Array
-    scale: Array
-    extras: Extras
-    read: Read
-    """Of a kernel, with the log-sum-exp in units of log 2."""
+    def launch(self, operands: Operands) -> dict[str, Any]:
+        """Return how the kernels are launched."""
+        q, k, v = operands[:3]
+        size = {"length": k.shape[1], "rows": q.shape[0] * q.shape[2]}
+        config = self.config or kernels.find_config(q.dtype, k.shape[3], v.shape[3], **size)
+        return {"config": config, "interpret": self.interpret}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(static: _Static, q: Array, k: Array, v: Array, scale: Array, extras: Extras) -> Read:
-    """Attend without the weights of (T, S) in memory, forwards or backwards."""
-    return _read_forward(static, q, k, v, scale, extras)[0]
+def _kernel_forward(static: _Static, operands: tuple[Operands]) -> tuple[Read, Read]:
+    """Return the read, and what the backward pass needs of it: a log-sum-exp to base 2."""
+    y, lse = kernels.forward(*operands, static.rule, **static.launch(*operands))
+    return Read(y, lse / LOG2_E), Read(y, lse)
 
 
-def _read_forward(
-    static: _Static, q: Array, k: Array, v: Array, scale: Array, extras: Extras
-) -> tuple[Read, _Residuals]:
-    if static.form == "xla":
-        read = attention_blocked.forward(static.rule, q, k, v, scale, extras)
-    else:
-        run = functools.partial(kernels.forward, **_launch(static, q, k, v))
-        y, lse = first_order("attention", run)(q, k, v, scale, *_for_kernels(extras))
-        # The kernels count in units of log 2, from one pass to the other too.
-        return Read(y, lse / LOG2_E), _Residuals(q, k, v, scale, extras, Read(y, lse))
-    return read, _Residuals(q, k, v, scale, extras, read)
+def _kernel_backward(
+    static: _Static, operands: tuple[Operands], read: Read, grads: Read
+) -> tuple[Operands]:
+    (arrays,) = operands
+    wide = arrays.scale.dtype
+    delta = jnp.einsum("bthv,bthv->bht", grads.y.astype(wide), read.y.astype(wide))
+    delta = delta - jnp.where(read.lse == -jnp.inf, 0.0, grads.lse)
+    saved = Saved(read.lse, grads.y, delta)
+    launch = static.launch(arrays)
+    dq, dscale, query = kernels.queries_gradient(arrays, saved, static.rule, **launch)
+    dk, dv, key, dgate = kernels.keys_gradient(arrays, saved, static.rule, **launch)
+    decay = None
+    if query is not None and key is not None:
+        decay = Decay(query, jnp.zeros_like(query), key, jnp.zeros_like(key))
+    places = None if arrays.places is None else Places(None, None, None, None)
+    dscale = jnp.sum(dscale, axis=(0, 2))
+    return (Operands(dq, dk, dv, dscale, places, decay, dgate, None),)
 
 
-def _read_backward(static: _Static, residuals: _Residuals, grad: Read) -> tuple:
-    q, k, v, scale, extras, read = residuals
-    if static.form == "xla":
-        grads = attention_blocked.backward(static.rule, q, k, v, scale, extras, read, grad)
-    else:
-        options = _launch(static, q, k, v)
-        operands = (q, k, v, scale, *_for_kernels(extras), read.lse)
-        operands = (*operands, grad.y.astype(v.dtype), delta_of(read, grad))
-        run = functools.partial(_kernel_gradients, **options)
-        grads = first_order("attention", run)(*operands)
-    return cotangents(grads, q, k, v)
+def _kernel_plain(static: _Static, operands: tuple[Operands]) -> Read:
+    return _xla(static.rule, *operands)
 
 
-_read.defvjp(_read_forward, _read_backward)
-
-
-def _kernel_gradients(*operands: Any, **options: Any) -> Gradients:
-    dq, along, at_queries = kernels.queries_gradient(*operands, **options)
-    dk, dv, at_keys, gate = kernels.keys_gradient(*operands, **options)
-    forget = None
-    if at_queries is not None and at_keys is not None:
-        forget = OfForget(at_queries, at_keys)
-    return Gradients(dq, dk, dv, jnp.sum(along, axis=(0, 2)), forget, gate)
-
-
-def _launch(static: _Static, q: Array, k: Array, v: Array) -> dict[str, Any]:
-    """Return the keyword arguments of the kernels."""
-    size = {"length": k.shape[1], "rows": q.shape[0] * q.shape[2]}
-    config = static.config or kernels.find_config(q.dtype, k.shape[3], v.shape[3], **size)
-    return {**static.rule._asdict(), "config": config, "interpret": static.interpret}
-
-
-def _for_kernels(extras: Extras) -> tuple[Places | None, Decay | None, Any, Any]:
-    places = extras.places
-    if places is not None:
-        places = Places(*(a.astype(jnp.int32) for a in places))
-    return places, extras.decay, extras.gate, extras.seed
+KERNEL = Kernel("attention", _kernel_forward, _kernel_backward, _kernel_plain)

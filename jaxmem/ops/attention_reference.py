@@ -4,34 +4,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.ops.attention_terms import Places, Rule, kept, softmax_weights
+from jaxmem.ops.attention_terms import kept, softmax_weights
 from jaxmem.ops.attention_xla import Read
 from jaxmem.ops.norms import at_least_float32
+from pallas_kernels.attention import Operands, Rule
+from pallas_kernels.pairs import Places
 
 _FAR_BELOW = -1e30
 """Logit of an invisible key; finite, so that an empty row has a gradient."""
 
 
-def read(
-    rule: Rule,
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: Array,
-    places: Places | None,
-    slots: Array | None,
-    log_forget: Array | None,
-    gate: Array | None,
-    seed: Array | None,
-) -> Read:
-    """Read one query after another, as a decoder with a cache does."""
+def read(rule: Rule, operands: Operands, slots: Array | None, log_forget: Array | None) -> Read:
+    """Read one query after another, as a decoder with a cache does.
+
+    Args:
+      rule: the static part of the call.
+      operands: its arrays; `decay` is not looked at.
+      slots: slot of each query [B T] if that is not its own index.
+      log_forget: gates of the keys [B S H].
+    """
+    q, k, v, scale, places, _, gate, seed = operands
     batch, length, heads, _ = q.shape
     keys = k.shape[1]
-    share = heads // k.shape[2]
-    wide_k, wide_v = (jnp.repeat(at_least_float32(a), share, axis=2) for a in (k, v))
+    heads_per_group = heads // k.shape[2]
+    wide_k, wide_v = (jnp.repeat(at_least_float32(a), heads_per_group, axis=2) for a in (k, v))
     if places is None:
-        index = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        places = Places(index, index, jnp.ones_like(index), jnp.ones_like(index))
+        index = tuple(jnp.broadcast_to(jnp.arange(n), (batch, n)) for n in (length, keys))
+        ones = tuple(jnp.ones_like(a) for a in index)
+        places = Places(*(index if rule.causal else ones), *ones)
     if slots is None:
         slots = jnp.broadcast_to(jnp.arange(length), (batch, length))
     first_row = jnp.arange(batch * heads).reshape(batch, heads, 1) * length

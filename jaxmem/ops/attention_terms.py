@@ -8,8 +8,8 @@ from jax import Array
 
 from jaxmem.shapes import Key, SegmentIds
 from pallas_kernels import _dropout
-from pallas_kernels._compat import Precision
-from pallas_kernels.pairs import Decay, Places
+from pallas_kernels.attention import Rule
+from pallas_kernels.pairs import FAR, Decay, Places
 
 LOWEST_GATE = -(2.0**10)
 """What log forget gates below it count as; e^-1024 is 0 in every dtype.
@@ -18,6 +18,10 @@ A power of two, so that two words of a sum hold it exactly beside the other gate
 No lower, because a query that sees nothing but keys before such a gate has logits of this size, and
 their weights the error of its last bit, 6e-5.
 """
+
+
+FEW = 16
+"""Queries up to which `auto` takes no kernel: these are built for blocks of 128 of them."""
 
 
 def places_in_row(segment_ids: SegmentIds) -> Places:
@@ -31,29 +35,6 @@ class Dropout(NamedTuple):
 
     rate: float
     key: Key
-
-
-class Rule(NamedTuple):
-    """The static part of a call."""
-
-    lag: int
-    window: int | None
-    rate: float
-    """Probability of dropping a weight."""
-    precision: Precision | None
-    clamp: float | None = None
-    """Largest scale q·k; what exceeds it is set to it."""
-
-
-class Extras(NamedTuple):
-    """Arrays that a call may have besides queries, keys, values and scales."""
-
-    places: Places | None
-    decay: Decay | None
-    gate: Array | None
-    """Factors of the values that each query head reads [B H S]."""
-    seed: Array | None
-    """Words of the dropout's seed [2]; None without dropout."""
 
 
 def cumulative(log_forget: Array) -> tuple[Array, Array]:
@@ -85,8 +66,11 @@ def _differentiate_cumulative(primals: tuple[Array], tangents: tuple[Array]) -> 
 def visible(rule: Rule, places: Places | None, queries: Array, keys: Array) -> Array:
     """Return which queries see which keys, [1|B T S].
 
-    Without `places` they stand at their indices `queries` [T] and `keys` [S].
+    Without `places` they stand at their indices `queries` [T] and `keys` [S]; a query at -FAR and a
+    key at FAR are not there.
     """
+    if places is None and not rule.causal:
+        return (queries >= 0)[None, :, None] & (keys < FAR)[None, None, :]
     if places is None:
         return _near_enough(rule, queries[None, :, None], keys[None, None, :])
     seen = _near_enough(rule, places.query[:, :, None], places.key[:, None, :])

@@ -3,6 +3,11 @@
 `attention_blocked` takes long rows tile by tile.
 
 Arrays are [B T H K]; the H query heads are G groups of R that share a key/value head.
+
+With weights p_ij, read factors r_ij (dropout times gates of the values), logits s_ij and a dot for
+tangents: lse_i' = Σ_j p_ij s_ij' and y_i' = Σ_j p_ij (r_ij s_ij' v_j + (r_ij v_j)') - lse_i' y_i.
+This is linear in the tangents and its transpose is the backward pass of FlashAttention: what the
+softmax takes from a query's gradient is <dy_i, y_i>, one number.
 """
 
 import functools
@@ -12,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmem.ops.attention_terms import Extras, Places, Rule, kept, softmax_weights, visible
+from jaxmem.ops.attention_terms import kept, softmax_weights, visible
+from jaxmem.ops.linear_map import known_tangents
 from pallas_kernels._interpret import on_cpu
-from pallas_kernels.pairs import Decay
+from pallas_kernels.attention import Operands, Rule
+from pallas_kernels.pairs import Decay, Places
 
 SHORT = 128
 """Tokens up to which a CPU takes all weights of a row at once: longer ones fit its caches in tiles.
@@ -35,41 +42,21 @@ class Read(NamedTuple):
     """Logarithm of the softmax's denominator [B H T], -inf where nothing is visible."""
 
 
-class OfForget(NamedTuple):
-    """Gradients of the gates' sum F at queries and at keys, without pairs of one place.
-
-    Nothing decays between a query and the key at its own place, and their shares cancel. Under fast
-    decay nearly all of a row's weight is such a pair's, and its rounding would outweigh the rest.
-    """
-
-    query: Array
-    """[B H T]"""
-    key: Array
-    """[B H S]"""
-
-
-class Gradients(NamedTuple):
-    """Gradients of one call."""
-
-    q: Array
-    k: Array
-    v: Array
-    scale: Array
-    forget: OfForget | None
-    gate: Array | None
-    """Of the gates of the values [B H S]."""
-
-
 def fits_at_once(q: Array, k: Array) -> bool:
     """Return whether all weights are computed at once and kept, rather than tile by tile.
 
     That is so where they are no more than the keys (T <= K, as in decoding), for short rows
-    (T S <= `SHORT`²), and on a GPU, where tiles cost launches, up to `WEIGHTS_LIMIT`.
+    (T S <= `SHORT`²), and on a GPU, where tiles cost launches, up to `WEIGHTS_LIMIT`. Rows of a
+    symbolic length cannot be cut; a symbolic number of them counts as many.
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
+    if not (isinstance(queries, int) and isinstance(keys, int)):
+        return True
     if queries <= width or queries * keys <= SHORT**2:
         return True
+    if not isinstance(batch, int):
+        return False
     itemsize = jnp.promote_types(q.dtype, jnp.float32).itemsize
     small = batch * heads * queries * keys * itemsize <= WEIGHTS_LIMIT
     return small and not on_cpu()
@@ -92,12 +79,35 @@ class Tile(NamedTuple):
     """[B H t 1]"""
 
 
-def _whole(q: Array, k: Array, v: Array, extras: Extras) -> Tile:
-    """Return the tile of all queries and keys."""
-    batch, length, heads, _ = q.shape
-    rows = jnp.arange(batch * heads * length, dtype=jnp.int32).reshape(batch, heads, length, 1)
-    index = jnp.arange(length), jnp.arange(k.shape[1])
-    return Tile(q, k, v, extras.places, extras.decay, extras.gate, *index, rows)
+class Tangents(NamedTuple):
+    """Tangents of a tile; None: zero."""
+
+    q: Array | None
+    """Of scale q."""
+    query: Array | None
+    """Of the sum of log forget gates at queries [B H t]."""
+    k: Array | None
+    v: Array | None
+    key: Array | None
+    """Of that at keys [B H s]."""
+    gate: Array | None
+
+
+class Sums(NamedTuple):
+    """Sums over the keys of a tile, in the dtype of the logits."""
+
+    y: Array
+    """[B t H V]"""
+    lse: Array
+    """[B H t]"""
+
+
+class Weights(NamedTuple):
+    """Weights of a tile [B H t s]."""
+
+    value: Array
+    over: Array | None
+    """Whether the logit is clamped; None without a clamp."""
 
 
 class Logits(NamedTuple):
@@ -124,152 +134,150 @@ def logits_of(rule: Rule, tile: Tile, scale: Array) -> Logits:
     return Logits(jnp.where(seen[:, None], logits, -jnp.inf), over)
 
 
-class TileGradients(NamedTuple):
-    """What one tile adds to the gradients."""
-
-    q: Array
-    """Without the factor `scale`."""
-    k: Array
-    v: Array
-    forget: OfForget | None
-    gate: Array | None
+def read_values(rule: Rule, tile: Tile, weights: Array, scale: Array, seed: Array | None) -> Array:
+    """Return Σ_s r weights v [B t H V]."""
+    if seed is not None:
+        weights = weights * kept(rule, seed, tile.dropout_rows, tile.keys)
+    if tile.gate is not None:
+        weights = weights * tile.gate[:, :, None]
+    return _over_keys(rule, weights.astype(tile.v.dtype), tile.v, scale)
 
 
-def tile_gradients(
+def tangents_of(moved: Operands, q: Array, scale: Array) -> Tangents:
+    """Return the tangents of all queries and keys from those of the operands."""
+    moved = known_tangents(moved)
+    dq, dscale = moved.q, moved.scale
+    scaled = None if dq is None else dq.astype(scale.dtype) * scale[:, None]
+    if dscale is not None:
+        # In one product with the keys, so that the gradient of the scale needs no pass over pairs.
+        scaled = _added(scaled, q.astype(scale.dtype) * dscale[:, None])
+    decay = moved.decay or Decay(None, None, None, None)
+    query, key = _added(decay.query, decay.query_rest), _added(decay.key, decay.key_rest)
+    return Tangents(scaled, query, moved.k, moved.v, key, moved.gate)
+
+
+def tile_tangents(
     rule: Rule,
     tile: Tile,
     scale: Array,
     seed: Array | None,
-    weights: Array,
-    over: Array | None,
-    grad: Array,
-    delta: Array,
-) -> TileGradients:
-    """Return a tile's gradients in float32 or wider.
+    weights: "Weights",
+    tangents: Tangents,
+) -> Sums:
+    """Return Σ_s weights (r s' v + (r v)') and Σ_s weights s', linear in the tangents.
 
     Args:
       rule: the static part of the call.
       tile: queries and keys.
       scale: factor of the logits.
       seed: of the dropout.
-      weights: p, with any factor per query that `grad` and `delta` are divided by [B H t s].
-      over: which logits are clamped.
-      grad: cotangent of y [B t H V].
-      delta: <grad, y> less the cotangent of the log-sum-exp [B H t].
+      weights: p, or p times any factor per query.
+      tangents: of the tile.
     """
-    grad = grad.astype(tile.v.dtype)
-    grads, read = _dots(rule, grad, tile.v, scale), weights
-    if seed is not None:
-        factor = kept(rule, seed, tile.dropout_rows, tile.keys)
-        grads, read = grads * factor, weights * factor
-    of_gate = None
-    if tile.gate is not None:
-        of_gate = jnp.sum(weights * grads, axis=2)
-        grads, read = grads * tile.gate[:, :, None], read * tile.gate[:, :, None]
-    logit = weights * (grads - delta[..., None])
-    dots = logit if over is None else jnp.where(over, 0.0, logit)
-    scaled = (tile.q * scale[:, None]).astype(tile.q.dtype)
-    return TileGradients(
-        over_keys(rule, dots, tile.k, scale),
-        _over_queries(rule, dots, scaled, tile.k.shape[2], scale),
-        _over_queries(rule, read, grad, tile.v.shape[2], scale),
-        _of_forget(tile, logit),
-        of_gate,
+    wide, (weights, over) = scale.dtype, weights
+    v = tile.v.astype(wide)
+    shares = _times(weights, _logit_tangents(rule, tile, scale, over, tangents))
+    read = shares if tile.gate is None else _times(shares, tile.gate[:, :, None])
+    if tangents.gate is not None:
+        read = _added(read, weights * tangents.gate[:, :, None])
+    factor = None if seed is None else kept(rule, seed, tile.dropout_rows, tile.keys)
+    batch, queries, heads, _ = tile.q.shape
+    y = jnp.zeros((batch, queries, heads, v.shape[-1]), wide)
+    if read is not None:
+        y = y + _over_keys(rule, read if factor is None else read * factor, v, scale)
+    if tangents.v is not None:
+        read = weights if factor is None else weights * factor
+        read = read if tile.gate is None else read * tile.gate[:, :, None]
+        y = y + _over_keys(rule, read, tangents.v.astype(wide), scale)
+    lse = jnp.zeros(weights.shape[:3], wide) if shares is None else jnp.sum(shares, axis=-1)
+    return Sums(y, lse)
+
+
+def _logit_tangents(
+    rule: Rule, tile: Tile, scale: Array, over: Array | None, tangents: Tangents
+) -> Array | None:
+    wide, dots = scale.dtype, None
+    if tangents.q is not None:
+        dots = _dots(rule, tangents.q, tile.k.astype(wide), scale)
+    if tangents.k is not None:
+        scaled = tile.q.astype(wide) * scale[:, None]
+        dots = _added(dots, _dots(rule, scaled, tangents.k.astype(wide), scale))
+    if over is not None and dots is not None:
+        dots = jnp.where(over, 0.0, dots)
+    forget = _added(
+        None if tangents.query is None else tangents.query[..., None],
+        None if tangents.key is None else -tangents.key[..., None, :],
     )
+    return dots if forget is None else _added(dots, jnp.where(_own(tile), 0.0, forget))
 
 
-def _of_forget(tile: Tile, logit: Array) -> OfForget | None:
-    if tile.decay is None:
-        return None
+def _own(tile: Tile) -> Array:
+    """Return which keys stand at a query's own place [1|B 1 t s].
+
+    Nothing decays between a query and the key at its own place: gradients of the gates leave such
+    pairs out. Under fast decay nearly all of a row's weight is theirs, and what cancels in it by
+    rounding would outweigh the rest.
+    """
     at = (tile.queries[None], tile.keys[None])
     query, key = at if tile.places is None else (tile.places.query, tile.places.key)
-    own = query[:, None, :, None] == key[:, None, None, :]
-    apart = jnp.where(own, 0.0, logit)
-    return OfForget(jnp.sum(apart, axis=3), -jnp.sum(apart, axis=2))
+    return query[:, None, :, None] == key[:, None, None, :]
 
 
-class _Kept(NamedTuple):
-    """Residuals of the form that keeps the weights: on a CPU they are dearer to compute again."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def at_once(rule: Rule, operands: Operands) -> Read:
+    """Compute all weights at once and keep them: on a CPU they are dearer to compute again."""
+    return _at_once(rule, operands).read
 
-    q: Array
-    k: Array
-    v: Array
-    scale: Array
-    extras: Extras
+
+@functools.partial(at_once.defjvp, symbolic_zeros=True)
+def _at_once_tangent(
+    rule: Rule, primals: tuple[Operands], moved: tuple[Operands]
+) -> tuple[Read, Read]:
+    operands, saved = primals[0], _at_once(rule, *primals)
+    tangents = tangents_of(*moved, operands.q, operands.scale)
+    # What it does not get is computed again in the backward pass: masks, which are cheap.
+    linear = jax.checkpoint(functools.partial(_at_once_linear, rule), prevent_cse=False)
+    return saved.read, linear(operands, saved, tangents)
+
+
+class _Saved(NamedTuple):
+    read: Read
     weights: Array
-    """exp(logit - max) [B H T S]."""
+    """exp(logit - row_max) [B H T S]."""
     over: Array | None
     total: Array
     """Their sum [B H T], 1 where it would be 0."""
-    read: Read
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def at_once(rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras) -> Read:
-    """Compute all weights at once, dividing by their sum after the product with the values.
+def _at_once(rule: Rule, operands: Operands) -> _Saved:
+    """Divide by the sum of the weights after the product with the values.
 
     Dividing the (T, V) result rather than the (T, S) weights saves two passes over the largest
     array.
     """
-    return _at_once_forward(rule, q, k, v, scale, extras)[0]
-
-
-def _at_once_forward(
-    rule: Rule, q: Array, k: Array, v: Array, scale: Array, extras: Extras
-) -> tuple[Read, _Kept]:
-    tile = _whole(q, k, v, extras)
+    tile, scale, v = _whole(operands), operands.scale, operands.v
     logits, over = logits_of(rule, tile, scale)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    # A row without visible keys has top = -inf; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
-    empty = top[..., 0] == -jnp.inf
-    top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
-    weights = softmax_weights(logits, top)
+    row_max = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # A row without visible keys has -inf here; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
+    weights = softmax_weights(logits, jnp.where(row_max == -jnp.inf, 0.0, row_max))
     total = jnp.sum(weights, axis=-1)
     total = jnp.where(total < 0.5, 1.0, total)
-    read = weights
-    if extras.seed is not None:
-        read = weights * kept(rule, extras.seed, tile.dropout_rows, tile.keys)
-    if extras.gate is not None:
-        read = read * extras.gate[:, :, None]
-    y = over_keys(rule, read, v, scale) / per_query(total)
-    lse = jnp.where(empty, -jnp.inf, top[..., 0] + jnp.log(total))
-    result = Read(y.astype(v.dtype), lse)
-    return result, _Kept(q, k, v, scale, extras, weights, over, total, result)
+    y = read_values(rule, tile, weights, scale, operands.seed) / per_query(total)
+    lse = row_max[..., 0] + jnp.log(total)
+    return _Saved(Read(y.astype(v.dtype), lse), weights, over, total)
 
 
-def _at_once_backward(rule: Rule, saved: _Kept, grad: Read) -> tuple:
-    q, k, v, scale, extras, weights, over, total, read = saved
-    wide = grad.y.astype(scale.dtype) / per_query(total)
-    delta = delta_of(read, Read(wide, grad.lse / total))
-    whole = _whole(q, k, v, extras)
-    tile = tile_gradients(rule, whole, scale, extras.seed, weights, over, wide, delta)
-    dq, of_scale = with_scale(tile.q, q, scale)
-    grads = Gradients(dq, tile.k, tile.v, of_scale, tile.forget, tile.gate)
-    return cotangents(grads, q, k, v)
+def _at_once_linear(rule: Rule, operands: Operands, saved: _Saved, tangents: Tangents) -> Read:
+    tile, weights = _whole(operands), Weights(saved.weights, saved.over)
+    sums = tile_tangents(rule, tile, operands.scale, operands.seed, weights, tangents)
+    sums = Sums(sums.y / per_query(saved.total), sums.lse / saved.total)
+    return read_tangent(saved.read, sums)
 
 
-def cotangents(grads: Gradients, q: Array, k: Array, v: Array) -> tuple:
-    """Return what a `custom_vjp` of (q, k, v, scale, extras) returns."""
-    decay = None
-    if grads.forget is not None:
-        query, key = grads.forget
-        decay = Decay(query, jnp.zeros_like(query), key, jnp.zeros_like(key))
-    dq, dk, dv = grads.q.astype(q.dtype), grads.k.astype(k.dtype), grads.v.astype(v.dtype)
-    return dq, dk, dv, grads.scale, Extras(None, decay, grads.gate, None)
-
-
-at_once.defvjp(_at_once_forward, _at_once_backward)
-
-
-def delta_of(read: Read, grad: Read) -> Array:
-    """Return <grad, y> less the cotangent of lse [B H T], what the softmax takes from ds."""
-    along = jnp.sum(grad.y.astype(grad.lse.dtype) * read.y.astype(grad.lse.dtype), axis=-1)
-    return jnp.moveaxis(along, 2, 1) - jnp.where(read.lse == -jnp.inf, 0.0, grad.lse)
-
-
-def with_scale(dq: Array, q: Array, scale: Array) -> tuple[Array, Array]:
-    """Return the gradients of queries and scale, given that of the queries without its factor."""
-    return dq * scale[:, None], jnp.einsum("bthk,bthk->h", dq, q.astype(dq.dtype))
+def read_tangent(read: Read, sums: Sums) -> Read:
+    """Return the tangents of a read from sums over all keys with the weights p."""
+    y = sums.y - read.y.astype(sums.y.dtype) * per_query(sums.lse)
+    return Read(y.astype(read.y.dtype), sums.lse)
 
 
 def per_query(values: Array) -> Array:
@@ -277,30 +285,39 @@ def per_query(values: Array) -> Array:
     return jnp.moveaxis(values, 1, 2)[..., None]
 
 
+def _whole(operands: Operands) -> Tile:
+    """Return the tile of all queries and keys."""
+    q, k, v, _, places, decay, gate, _ = operands
+    batch, length, heads, _ = q.shape
+    rows = jnp.arange(batch * heads * length, dtype=jnp.int32).reshape(batch, heads, length, 1)
+    index = jnp.arange(length), jnp.arange(k.shape[1])
+    return Tile(q, k, v, places, decay, gate, *index, rows)
+
+
 def _dots(rule: Rule, q: Array, k: Array, scale: Array) -> Array:
     """Return q·k of every pair [B H T S], in the dtype of `scale`."""
     batch, length, heads, width = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, width)
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
     dots = _product("btgrk,bsgk->bgrts", grouped, k, scale, rule)
-    return dots.reshape(batch, heads, length, -1)
+    return dots.reshape(batch, heads, length, k.shape[1])
 
 
-def over_keys(rule: Rule, weights: Array, v: Array, scale: Array) -> Array:
+def _over_keys(rule: Rule, weights: Array, v: Array, scale: Array) -> Array:
     """Return Σ_s weights v [B T H V]."""
     batch, heads, length, keys = weights.shape
-    grouped = weights.reshape(batch, v.shape[2], -1, length, keys).astype(v.dtype)
+    groups, width = v.shape[2:]
+    grouped = weights.reshape(batch, groups, heads // groups, length, keys)
     read = _product("bgrts,bsgv->btgrv", grouped, v, scale, rule)
-    return read.reshape(batch, length, heads, -1)
-
-
-def _over_queries(rule: Rule, weights: Array, x: Array, groups: int, scale: Array) -> Array:
-    """Return Σ_t weights x, summed over the heads of each group [B S G V]."""
-    batch, heads, length, keys = weights.shape
-    share = heads // groups
-    weights = weights.reshape(batch, groups, share, length, keys).astype(x.dtype)
-    grouped = x.reshape(batch, length, groups, share, -1)
-    return _product("bgrts,btgrv->bsgv", weights, grouped, scale, rule)
+    return read.reshape(batch, length, heads, width)
 
 
 def _product(formula: str, a: Array, b: Array, scale: Array, rule: Rule) -> Array:
     return jnp.einsum(formula, a, b, preferred_element_type=scale.dtype, precision=rule.precision)
+
+
+def _added(a: Array | None, b: Array | None) -> Array | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _times(a: Array, b: Array | None) -> Array | None:
+    return None if b is None else a * b

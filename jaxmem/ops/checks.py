@@ -80,7 +80,7 @@ def check_shape(op: str, name: str, array: Any, expected: tuple[int, ...], what:
 
 
 def check_documents(
-    op: str, tokens: tuple[int, ...], segment_ids: Any, initial_segment: Any = None
+    op: str, tokens: tuple[Any, ...], segment_ids: Any, initial_segment: Any = None
 ) -> None:
     """Check the documents of packed rows against the axes [B T] of their tokens.
 

@@ -26,8 +26,59 @@ class Bounds(NamedTuple):
     end: Any
 
 
+class Rule(NamedTuple):
+    """What is static in a call but for its sizes: visibility, dropout, precision, clamp."""
+
+    lag: int = 0
+    """A key is visible from this many places after it on."""
+    window: int | None = None
+    """To fewer than this many places after it; None: for ever."""
+    rate: float = 0.0
+    """Probability of dropping a weight."""
+    precision: Precision | None = None
+    """Of float32 products; None: three TF32 passes for logits, one for values and gradients."""
+    clamp: float | None = None
+    """Largest scale q·k; what exceeds it is set to it. None: unbounded."""
+    causal: bool = True
+    """Whether order counts without `places`: else every query sees every key."""
+    in_order: bool = True
+    """Whether no query sees a key of a higher index than its own."""
+
+
+class Operands(NamedTuple):
+    """The arrays of a call."""
+
+    q: Any
+    """Queries [B T H K]."""
+    k: Any
+    """Keys [B S G K], of the queries' dtype; G divides H."""
+    v: Any
+    """Values [B S G V]."""
+    scale: Any
+    """Factor of the logits [H], float32 or wider."""
+    places: Places | None = None
+    """Where queries and keys stand, int32; None: at their index."""
+    decay: Decay | None = None
+    """Cumulative log forget gates F; None: F = 0."""
+    gate: Any = None
+    """Factors of the values [B H S], of the scale's dtype; None: 1."""
+    seed: Any = None
+    """Words of the dropout's seed [2], uint32; None without dropout."""
+
+
+class Saved(NamedTuple):
+    """What a backward pass knows of the queries, float32."""
+
+    lse: Any
+    """Logarithm to base 2 of the softmax's denominator [B H T]."""
+    dy: Any
+    """Cotangent of y [B T H V], of the values' dtype."""
+    delta: Any
+    """Δ = <dy, y> less the cotangent of the log-sum-exp [B H T]."""
+
+
 class Call(NamedTuple):
-    """What is static in a call."""
+    """What is static in a launch: sizes, tiles, and the fields of the rule."""
 
     queries: int
     """T"""
@@ -39,23 +90,23 @@ class Call(NamedTuple):
     width: int
     """Of keys, K."""
     value_width: int
+    block_q: int
+    block_k: int
+    interpret: bool
     lag: int
     window: int | None
     rate: float
-    """Probability of dropping a weight."""
-    block_q: int
-    block_k: int
     precision: Precision | None
     clamp: float | None
-    """Largest scale q·k."""
-    interpret: bool
+    causal: bool
+    in_order: bool
 
 
-def call_of(q: Array, k: Array, v: Array, blocks: tuple[int, int], *options: Any) -> Call:
-    """Describe a call with tiles of (queries, keys); `options` are the last fields but the tile."""
-    lag, window, rate, *rest = options
+def call_of(operands: Operands, rule: Rule, blocks: tuple[int, int], interpret: bool) -> Call:
+    """Describe a call with tiles of (queries, keys)."""
+    q, k, v = operands[:3]
     sizes = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], k.shape[3], v.shape[3])
-    return Call(*sizes, lag, window, rate, *blocks, *rest)
+    return Call(*sizes, *blocks, interpret, *rule)
 
 
 class Ranges(NamedTuple):
@@ -90,6 +141,9 @@ def key_blocks(call: Call, block: Array, bounds: Bounds | None) -> Ranges:
     """Return the key blocks that a block of queries visits."""
     if bounds is not None:
         return _given(bounds, block)
+    if not call.causal:
+        whole = call.keys // call.block_k
+        return Ranges(0, 0, whole, -(-call.keys // call.block_k))
     start = block * call.block_q
     end = _ceil(jnp.minimum(call.keys, start + call.block_q - call.lag), call.block_k)
     masked = jnp.maximum(start - call.lag + 1, 0) // call.block_k
@@ -104,6 +158,9 @@ def query_blocks(call: Call, block: Array, bounds: Bounds | None) -> Ranges:
     """Return the query blocks that a block of keys is read by."""
     if bounds is not None:
         return _given(bounds, block)
+    if not call.causal:
+        whole = call.queries // call.block_q
+        return Ranges(0, 0, whole, -(-call.queries // call.block_q))
     start = block * call.block_k
     first = (start + call.lag) // call.block_q
     full = _ceil(start + call.block_k - 1 + call.lag, call.block_q)
@@ -195,30 +252,24 @@ def _block(array: Any, axes: str, sizes: dict[str, int], at: Any) -> Any:
     return pl.BlockSpec(shape, lambda *grid: tuple(at(*grid).get(axis, 0) for axis in axes))
 
 
-def input_specs(
-    spec: Callable,
-    scale: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    places: Places | None,
-    bounds: Bounds | None,
-    decay: Decay | None,
-    gate: Array | None,
-    seed: Array | None,
-) -> list[Any]:
+def input_specs(spec: Callable, operands: Operands) -> Operands:
     """Return the blocks of what all three kernels read; `spec` is `by_head` or `by_group`."""
-    return [
-        pl.BlockSpec(scale.shape, lambda *grid: (0,)),
+    q, k, v, scale, places, decay, gate, seed = operands
+    return Operands(
         spec(q, "bthd"),
         spec(k, "btgd"),
         spec(v, "btgd"),
+        pl.BlockSpec(scale.shape, lambda *grid: (0,)),
         jax.tree.map(lambda a: spec(a, "bt"), places),
-        jax.tree.map(lambda a: spec(a, "bt"), bounds),
         jax.tree.map(lambda a: spec(a, "bht"), decay),
         None if gate is None else spec(gate, "bht"),
         None if seed is None else pl.BlockSpec(seed.shape, lambda *grid: (0,)),
-    ]
+    )
+
+
+def saved_specs(spec: Callable, saved: Saved) -> Saved:
+    """Return the blocks of what the backward kernels read besides."""
+    return Saved(spec(saved.lse, "bht"), spec(saved.dy, "bthd"), spec(saved.delta, "bht"))
 
 
 def walk(ranges: Ranges, visit: Callable, carry: Any) -> Any:
@@ -233,7 +284,8 @@ def queries_of(call: Call, start: Any, places: Places | None, axis: int) -> Quer
     """Describe the queries from `start` on; `axis` is that of queries in the tile."""
     index = start + lax.iota(jnp.int32, call.block_q)
     if places is None:
-        reach = jnp.where(index < call.queries, index, -FAR)
+        last = index if call.causal else FAR - 1
+        reach = jnp.where(index < call.queries, last, -FAR)
         return Queries(along(index, axis), along(reach, axis), None)
     place, segment = (
         vector(ref, start, call.block_q, call.queries)
@@ -247,7 +299,8 @@ def keys_of(call: Call, start: Any, places: Places | None, axis: int) -> Keys:
     """Describe the keys from `start` on; `axis` is that of keys in the tile."""
     index = start + lax.iota(jnp.int32, call.block_k)
     if places is None:
-        return Keys(along(index, axis), along(index + call.lag, axis), None)
+        first = index + call.lag if call.causal else jnp.where(index < call.keys, 0, FAR)
+        return Keys(along(index, axis), along(first, axis), None)
     place, segment = (
         vector(ref, start, call.block_k, call.keys) for ref in (places.key, places.key_segment)
     )
@@ -328,7 +381,7 @@ def gates_of(call: Call, gate: Any, start: Any, head: tuple, axis: int) -> Array
     return along(vector(gate, start, call.block_k, call.keys, lead=head), axis)
 
 
-def kept(
+def dropout_mask(
     call: Call, seed_ref: Any, row: Any, head: Any, queries: Queries, keys: Keys
 ) -> Array | None:
     """Return the dropout factors of a tile, or None without dropout."""

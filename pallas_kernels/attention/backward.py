@@ -15,54 +15,40 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._compat import Precision, launch, pl, store
+from pallas_kernels._compat import launch, pl, store
 from pallas_kernels._launch import power_of_two
 from pallas_kernels._tiles import inside, softmax_weights, store_tile, tile, vector
 from pallas_kernels.attention._tiles import (
     Bounds,
     Call,
     Keys,
+    Operands,
     Queries,
+    Rule,
+    Saved,
     block_bounds,
     by_group,
     by_head,
     call_of,
     decayed,
+    dropout_mask,
     gates_of,
     input_specs,
-    kept,
     key_blocks,
     keys_of,
     logits,
     product,
     queries_of,
     query_blocks,
+    saved_specs,
     visible,
     walk,
 )
-from pallas_kernels.pairs import Decay, PairTiles, Places
+from pallas_kernels.pairs import PairTiles
 
 
 def queries_gradient(
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: Array,
-    places: Places | None,
-    decay: Decay | None,
-    gate: Array | None,
-    seed: Array | None,
-    lse: Array,
-    grad: Array,
-    delta: Array,
-    *,
-    lag: int,
-    window: int | None,
-    rate: float,
-    precision: Precision | None,
-    clamp: float | None,
-    config: PairTiles,
-    interpret: bool,
+    operands: Operands, saved: Saved, rule: Rule, *, config: PairTiles, interpret: bool
 ) -> tuple[Array, Array, Array | None]:
     """Return the gradients of the queries, of the scale and of the gates' sum at the queries.
 
@@ -71,22 +57,9 @@ def queries_gradient(
     `launch.shared_bytes`. FLOPs 2 (2 K + V) per visible pair; bytes of q, k, v, g and dq.
 
     Args:
-      q: queries [B T H K]; what is not said here is as in `forward`.
-      k: keys [B S G K].
-      v: values [B S G V].
-      scale: factor of the logits [H].
-      places: where queries and keys stand.
-      decay: cumulative log forget gates.
-      gate: factors of the values [B H S], float32.
-      seed: words of the dropout's seed.
-      lse: logarithms to base 2 of the denominators [B H T], float32.
-      grad: cotangent of y [B T H V], of the values' dtype.
-      delta: Δ [B H T], float32.
-      lag: a key is visible from this many places after it on.
-      window: to fewer than this many places after it.
-      rate: probability of dropping a weight.
-      precision: of float32 products.
-      clamp: largest scale q·k.
+      operands: the arrays of the call.
+      saved: statistics and cotangents of its queries.
+      rule: what else is static, as in `forward`.
       config: tiles.
       interpret: evaluate with plain JAX instead of a GPU.
 
@@ -95,22 +68,21 @@ def queries_gradient(
       rows and queries is the gradient of the scale, and Σ_j ds [B H T], None without `decay`;
       float32 both.
     """
-    tiles = (config.backward_q, config.backward_k)
-    call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
+    call = call_of(operands, rule, (config.backward_q, config.backward_k), interpret)
+    q, decay, places = operands.q, operands.decay, operands.places
     bounds = None if places is None else block_bounds(call, places, axis=2)
     spec, blocks = functools.partial(by_head, call), -(-call.queries // call.block_q)
     block_dq = (None, call.block_q, None, power_of_two(call.width))
     block_sums = pl.BlockSpec((None, None, call.block_q), lambda i, h, b: (b, h, blocks - 1 - i))
-    per_query = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
+    per_query = jax.ShapeDtypeStruct(saved.lse.shape, jnp.float32)
     return launch(
         functools.partial(_queries_kernel, call=call),
         name="attention_queries_gradient",
         grid=(blocks, call.heads, q.shape[0]),
         in_specs=[
-            *input_specs(spec, scale, q, k, v, places, bounds, decay, gate, seed),
-            spec(lse, "bht"),
-            spec(grad, "bthd"),
-            spec(delta, "bht"),
+            input_specs(spec, operands),
+            saved_specs(spec, saved),
+            jax.tree.map(lambda a: spec(a, "bt"), bounds),
         ],
         out_specs=[
             pl.BlockSpec(block_dq, lambda i, h, b: (b, blocks - 1 - i, h, 0)),
@@ -125,29 +97,11 @@ def queries_gradient(
         num_warps=config.backward_warps,
         num_stages=config.backward_stages,
         interpret=interpret,
-    )(scale, q, k, v, places, bounds, decay, gate, seed, lse, grad, delta)
+    )(operands, saved, bounds)
 
 
 def keys_gradient(
-    q: Array,
-    k: Array,
-    v: Array,
-    scale: Array,
-    places: Places | None,
-    decay: Decay | None,
-    gate: Array | None,
-    seed: Array | None,
-    lse: Array,
-    grad: Array,
-    delta: Array,
-    *,
-    lag: int,
-    window: int | None,
-    rate: float,
-    precision: Precision | None,
-    clamp: float | None,
-    config: PairTiles,
-    interpret: bool,
+    operands: Operands, saved: Saved, rule: Rule, *, config: PairTiles, interpret: bool
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """Return the gradients of the keys, the values, the gates' sum at the keys and their gates.
 
@@ -162,8 +116,9 @@ def keys_gradient(
       dk [B S G K] and dv [B S G V] in the dtypes of keys and values, -Σ_i ds [B H S], None without
       `decay`, and the gradient of `gate` [B H S], None without it; float32 both.
     """
-    tiles = (config.backward_q, config.backward_k)
-    call = call_of(q, k, v, tiles, lag, window, rate, precision, clamp, interpret)
+    call = call_of(operands, rule, (config.backward_q, config.backward_k), interpret)
+    q, k, v, decay, gate = *operands[:3], operands.decay, operands.gate
+    places = operands.places
     bounds = None if places is None else block_bounds(call, places, axis=1)
     spec = functools.partial(by_group, call)
     per_key = jax.ShapeDtypeStruct((q.shape[0], call.heads, call.keys), jnp.float32)
@@ -174,10 +129,9 @@ def keys_gradient(
         name="attention_keys_gradient",
         grid=(-(-call.keys // call.block_k), call.groups, q.shape[0]),
         in_specs=[
-            *input_specs(spec, scale, q, k, v, places, bounds, decay, gate, seed),
-            spec(lse, "bht"),
-            spec(grad, "bthd"),
-            spec(delta, "bht"),
+            input_specs(spec, operands),
+            saved_specs(spec, saved),
+            jax.tree.map(lambda a: spec(a, "bt"), bounds),
         ],
         out_specs=[
             *(pl.BlockSpec(shape, lambda i, g, b: (b, i, g, 0)) for shape in owned),
@@ -191,7 +145,7 @@ def keys_gradient(
         num_warps=config.backward_warps,
         num_stages=config.backward_stages,
         interpret=interpret,
-    )(scale, q, k, v, places, bounds, decay, gate, seed, lse, grad, delta)
+    )(operands, saved, bounds)
 
 
 class _Gradients(NamedTuple):
@@ -245,63 +199,54 @@ def _finite(lse: Array) -> Array:
 
 
 def _queries_kernel(
-    scale_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    places: Places | None,
+    refs: Operands,
+    saved: Saved,
     bounds: Bounds | None,
-    decay: Decay | None,
-    gate_ref: Any,
-    seed_ref: Any,
-    lse_ref: Any,
-    grad_ref: Any,
-    delta_ref: Any,
     dq_ref: Any,
-    along_ref: Any,
+    dscale_ref: Any,
     sums_ref: Any,
     *,
     call: Call,
 ) -> None:
     number, head, row = (pl.program_id(axis) for axis in range(3))
     block = pl.num_programs(0) - 1 - number
-    start = block * call.block_q
-    scale = scale_ref[head]
-    q = tile(q_ref, start, call.block_q, call.queries, call.width)
-    grad = tile(grad_ref, start, call.block_q, call.queries, call.value_width)
-    lse = _finite(vector(lse_ref, start, call.block_q, call.queries))
-    delta = vector(delta_ref, start, call.block_q, call.queries)
-    queries: Queries = queries_of(call, start, places, axis=0)
+    start, size = block * call.block_q, call.block_q
+    scale = refs.scale[head]
+    q = tile(refs.q, start, size, call.queries, call.width)
+    dy = tile(saved.dy, start, size, call.queries, call.value_width)
+    lse = _finite(vector(saved.lse, start, size, call.queries))
+    delta = vector(saved.delta, start, size, call.queries)
+    queries: Queries = queries_of(call, start, refs.places, axis=0)
 
     def visit(n: Array, carry: tuple[Array, Any], masked: bool) -> tuple[Array, Any]:
         acc, sums = carry
         at = n * call.block_k
-        k = tile(k_ref, at, call.block_k, call.keys, call.width)
-        v = tile(v_ref, at, call.block_k, call.keys, call.value_width)
-        keys = keys_of(call, at, places, axis=1)
+        k = tile(refs.k, at, call.block_k, call.keys, call.width)
+        v = tile(refs.v, at, call.block_k, call.keys, call.value_width)
+        keys = keys_of(call, at, refs.places, axis=1)
         logit, over = logits(call, q, k, scale)
-        logit = decayed(call, decay, logit, (), start, at, axis=0)
+        logit = decayed(call, refs.decay, logit, (), start, at, axis=0)
         seen = visible(call, queries, keys) if masked else None
         grads = _tile_gradients(
             call,
             _weights(logit, over, seen, lse[:, None]),
-            product(call, grad, v, tb=True),
-            kept(call, seed_ref, row, head, queries, keys),
-            gates_of(call, gate_ref, at, (), axis=1),
+            product(call, dy, v, tb=True),
+            dropout_mask(call, refs.seed, row, head, queries, keys),
+            gates_of(call, refs.gate, at, (), axis=1),
             delta[:, None],
         )
         if sums is not None:
             sums = sums + jnp.sum(_apart(call, grads.logit, queries, keys), axis=1)
         return acc + product(call, grads.dots.astype(k.dtype), k), sums
 
-    zeros = jnp.zeros((call.block_q, q_ref.shape[-1]), jnp.float32)
-    none = None if decay is None else jnp.zeros((call.block_q,), jnp.float32)
+    zeros = jnp.zeros((call.block_q, refs.q.shape[-1]), jnp.float32)
+    none = None if refs.decay is None else jnp.zeros((call.block_q,), jnp.float32)
     acc, sums = walk(key_blocks(call, block, bounds), visit, (zeros, none))
     store_tile(dq_ref, acc * scale, start, call.queries, call.width)
-    along = jnp.sum(q.astype(jnp.float32) * acc, axis=1)
+    dscale = jnp.sum(q.astype(jnp.float32) * acc, axis=1)
     there = inside(start, call.block_q, call.queries)
-    store(along_ref.at[:], along, there)
-    if decay is not None:
+    store(dscale_ref.at[:], dscale, there)
+    if refs.decay is not None:
         store(sums_ref.at[:], sums, there)
 
 
@@ -313,18 +258,9 @@ def _apart(call: Call, logit: Array, queries: Queries, keys: Keys) -> Array:
 
 
 def _keys_kernel(
-    scale_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    places: Places | None,
+    refs: Operands,
+    saved: Saved,
     bounds: Bounds | None,
-    decay: Decay | None,
-    gate_ref: Any,
-    seed_ref: Any,
-    lse_ref: Any,
-    grad_ref: Any,
-    delta_ref: Any,
     dk_ref: Any,
     dv_ref: Any,
     sums_ref: Any,
@@ -336,43 +272,43 @@ def _keys_kernel(
     block, group, row = (pl.program_id(axis) for axis in range(3))
     start = block * call.block_k
     share = call.heads // call.groups
-    k = tile(k_ref, start, call.block_k, call.keys, call.width)
-    v = tile(v_ref, start, call.block_k, call.keys, call.value_width)
-    keys: Keys = keys_of(call, start, places, axis=0)
+    k = tile(refs.k, start, call.block_k, call.keys, call.width)
+    v = tile(refs.v, start, call.block_k, call.keys, call.value_width)
+    keys: Keys = keys_of(call, start, refs.places, axis=0)
     there = inside(start, call.block_k, call.keys)
 
     def read_by(member: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         head = group * share + member
-        scale, own_head = scale_ref[head], (member,)
-        gate = gates_of(call, gate_ref, start, own_head, axis=0)
+        scale, own_head = refs.scale[head], (member,)
+        gate = gates_of(call, refs.gate, start, own_head, axis=0)
 
         def visit(n: Array, carry: tuple[Array, Array, Array, Any], masked: bool) -> tuple:
             dk, dv, sums, gates = carry
             at = n * call.block_q
-            q = tile(q_ref, at, call.block_q, call.queries, call.width, head=own_head)
-            grad = tile(grad_ref, at, call.block_q, call.queries, call.value_width, head=own_head)
-            lse = _finite(vector(lse_ref, at, call.block_q, call.queries, lead=own_head))
-            delta = vector(delta_ref, at, call.block_q, call.queries, lead=own_head)
-            queries = queries_of(call, at, places, axis=1)
+            q = tile(refs.q, at, call.block_q, call.queries, call.width, head=own_head)
+            dy = tile(saved.dy, at, call.block_q, call.queries, call.value_width, head=own_head)
+            lse = _finite(vector(saved.lse, at, call.block_q, call.queries, lead=own_head))
+            delta = vector(saved.delta, at, call.block_q, call.queries, lead=own_head)
+            queries = queries_of(call, at, refs.places, axis=1)
             logit, over = logits(call, k, q, scale)
-            logit = decayed(call, decay, logit, own_head, at, start, axis=1)
+            logit = decayed(call, refs.decay, logit, own_head, at, start, axis=1)
             seen = visible(call, queries, keys) if masked else None
             grads = _tile_gradients(
                 call,
                 _weights(logit, over, seen, lse[None, :]),
-                product(call, v, grad, tb=True),
-                kept(call, seed_ref, row, head, queries, keys),
+                product(call, v, dy, tb=True),
+                dropout_mask(call, refs.seed, row, head, queries, keys),
                 gate,
                 delta[None, :],
             )
-            if decay is not None:
+            if refs.decay is not None:
                 sums = sums - jnp.sum(_apart(call, grads.logit, queries, keys), axis=1)
             if grads.gate is not None:
                 gates = gates + jnp.sum(grads.gate, axis=1)
             dots_grad = grads.dots if share == 1 else grads.dots * scale
             return (
                 dk + product(call, dots_grad.astype(q.dtype), q),
-                dv + product(call, grads.read.astype(grad.dtype), grad),
+                dv + product(call, grads.read.astype(dy.dtype), dy),
                 sums,
                 gates,
             )
@@ -381,19 +317,19 @@ def _keys_kernel(
         before = (*carry, none, None if gate is None else none)
         dk, dv, sums, gates = walk(query_blocks(call, block, bounds), visit, before)
         own = pl.ds(start, call.block_k)
-        if decay is not None:
+        if refs.decay is not None:
             store(sums_ref.at[member, own], sums, there)
         if gate is not None:
             store(gates_ref.at[member, own], gates, there)
         return dk, dv
 
     zeros = (
-        jnp.zeros((call.block_k, k_ref.shape[-1]), jnp.float32),
-        jnp.zeros((call.block_k, v_ref.shape[-1]), jnp.float32),
+        jnp.zeros((call.block_k, refs.k.shape[-1]), jnp.float32),
+        jnp.zeros((call.block_k, refs.v.shape[-1]), jnp.float32),
     )
     if share == 1:
         dk, dv = read_by(jnp.int32(0), zeros)
-        dk = dk * scale_ref[group]
+        dk = dk * refs.scale[group]
     else:
         dk, dv = lax.fori_loop(0, share, read_by, zeros)
     store_tile(dk_ref, dk, start, call.keys, call.width)

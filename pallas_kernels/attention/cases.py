@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
+from pallas_kernels.attention._tiles import Operands, Rule, Saved
 from pallas_kernels.attention.backward import keys_gradient, queries_gradient
 from pallas_kernels.attention.forward import forward
 from pallas_kernels.pairs import Decay, PairTiles, Places
@@ -40,7 +41,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         return jax.ShapeDtypeStruct(shape, of)
 
     tokens, sums = operand(batch, length, of=jnp.dtype(jnp.int32)), operand(batch, heads, length)
-    inputs = (
+    operands = Operands(
         operand(batch, length, heads, entry.width, of=dtype),
         operand(batch, length, groups, entry.width, of=dtype),
         operand(batch, length, groups, entry.width, of=value_dtype),
@@ -50,21 +51,15 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         sums if full else None,
         operand(2, of=jnp.dtype(jnp.uint32)) if full else None,
     )
-    grad = operand(batch, length, heads, entry.width, of=value_dtype)
-    options = {
-        "lag": 1 if full else 0,
-        "window": length // 2 if full else None,
-        "rate": 0.1 if full else 0.0,
-        "precision": None,
-        "clamp": 5.0 if full else None,
-        "config": PairTiles(**entry.config),
-        "interpret": False,
-    }
+    dy = operand(batch, length, heads, entry.width, of=value_dtype)
+    saved = Saved(sums, dy, sums)
+    rule = Rule(lag=1, window=length // 2, rate=0.1, clamp=5.0) if full else Rule()
+    options = {"rule": rule, "config": PairTiles(**entry.config), "interpret": False}
     return [
         Case(
             name + suffix,
             functools.partial(kernel, **options),
-            inputs if kernel is forward else (*inputs, sums, grad, sums),
+            (operands,) if kernel is forward else (operands, saved),
         )
         for name, kernel in KERNELS.items()
     ]

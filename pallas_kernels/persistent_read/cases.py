@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._launch import Case, Entry
+from pallas_kernels.persistent_read._tiles import Operands, Saved
 from pallas_kernels.persistent_read.backward import queries_gradient, tables_gradient
 from pallas_kernels.persistent_read.forward import forward
 from pallas_kernels.persistent_read.launch import PersistentReadConfig
@@ -41,14 +42,14 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         return jax.ShapeDtypeStruct(shape, of)
 
     per_row = operand(banks, heads, rows)
-    inputs = (
+    operands = Operands(
         operand(rows, heads, width, of=dtype),
         operand(banks, heads, PAIRS, width, of=dtype),
         operand(banks, heads, PAIRS, value_width, of=value_dtype),
         operand(heads),
-        operand(2, of=jnp.dtype(jnp.uint32)),
+        None if several else operand(2, of=jnp.dtype(jnp.uint32)),
     )
-    grad = operand(rows, heads, value_width, of=value_dtype)
+    saved = Saved(per_row, operand(rows, heads, value_width, of=value_dtype), per_row)
     options = {
         "rate": 0.0 if several else RATE,
         "precision": None,
@@ -59,7 +60,7 @@ def _cases(entry: Entry, suffix: str) -> list[Case]:
         Case(
             name + suffix,
             functools.partial(kernel, **options),
-            inputs if kernel is forward else (*inputs, per_row, grad, per_row),
+            (operands,) if kernel is forward else (operands, saved),
         )
         for name, kernel in KERNELS.items()
     ]

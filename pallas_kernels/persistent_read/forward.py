@@ -12,19 +12,18 @@ from pallas_kernels._launch import power_of_two
 from pallas_kernels._tiles import softmax_weights, store_tile, tile
 from pallas_kernels.persistent_read._tiles import (
     Call,
-    kept,
+    Operands,
+    call_of,
+    dropout_mask,
     logits,
     product,
+    shared_specs,
 )
 from pallas_kernels.persistent_read.launch import PersistentReadConfig
 
 
 def forward(
-    q: Array,
-    keys: Array,
-    values: Array,
-    scale: Array,
-    seed: Array,
+    operands: Operands,
     *,
     rate: float,
     precision: Precision | None,
@@ -39,11 +38,7 @@ def forward(
     tables R H P (K e_q + V e_v), which all programs of a head share through the cache.
 
     Args:
-      q: queries [M H K].
-      keys: stored keys [R H P K], of the queries' dtype.
-      values: stored values [R H P V].
-      scale: factor of the logits [H], float32.
-      seed: words of the dropout's seed [2], uint32; not read if `rate` is 0.
+      operands: the arrays of the call.
       rate: probability of dropping a weight.
       precision: of float32 products; None: three TF32 passes for logits, one for values.
       config: tiles.
@@ -53,77 +48,66 @@ def forward(
       Reads [R M H V], float32, and the logarithm to base 2 of each softmax's denominator [R H M],
       float32, by which the backward kernels know the weights.
     """
-    rows, heads, width = q.shape
-    banks, _, pairs, value_width = values.shape
-    call = Call(rows, heads, pairs, width, value_width, rate, precision, interpret)
-    wide, wide_v = power_of_two(width), power_of_two(value_width)
+    call = call_of(operands, rate, precision, interpret)
+    rows, heads, banks, pairs, *_ = call
+    wide, wide_v = power_of_two(call.width), power_of_two(call.value_width)
     block = config.block_rows
     return launch(
         functools.partial(_kernel, call=call, step=config.block_pairs),
         name="persistent_read_forward",
         grid=(-(-rows // block), heads, banks),
         in_specs=[
-            pl.BlockSpec((2,), lambda i, h, r: (0,)),
-            pl.BlockSpec((1,), lambda i, h, r: (h,)),
-            pl.BlockSpec((block, None, wide), lambda i, h, r: (i, h, 0)),
-            pl.BlockSpec((None, None, pairs, wide), lambda i, h, r: (r, h, 0, 0)),
-            pl.BlockSpec((None, None, pairs, wide_v), lambda i, h, r: (r, h, 0, 0)),
+            Operands(
+                pl.BlockSpec((block, None, wide), lambda i, h, r: (i, h, 0)),
+                pl.BlockSpec((None, None, pairs, wide), lambda i, h, r: (r, h, 0, 0)),
+                pl.BlockSpec((None, None, pairs, wide_v), lambda i, h, r: (r, h, 0, 0)),
+                *shared_specs(operands),
+            )
         ],
         out_specs=[
             pl.BlockSpec((None, block, None, wide_v), lambda i, h, r: (r, i, h, 0)),
             pl.BlockSpec((None, None, block), lambda i, h, r: (r, h, i)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((banks, rows, heads, value_width), jnp.float32),
+            jax.ShapeDtypeStruct((banks, rows, heads, call.value_width), jnp.float32),
             jax.ShapeDtypeStruct((banks, heads, rows), jnp.float32),
         ],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(seed, scale, q, keys, values)
+    )(operands)
 
 
-def _kernel(
-    seed_ref: Any,
-    scale_ref: Any,
-    q_ref: Any,
-    keys_ref: Any,
-    values_ref: Any,
-    y_ref: Any,
-    lse_ref: Any,
-    *,
-    call: Call,
-    step: int,
-) -> None:
-    block, wide_v = q_ref.shape[0], values_ref.shape[-1]
+def _kernel(refs: Operands, y_ref: Any, lse_ref: Any, *, call: Call, step: int) -> None:
+    block, wide_v = refs.q.shape[0], refs.values.shape[-1]
     first = pl.program_id(0) * block
     table = pl.program_id(2) * call.heads + pl.program_id(1)
     rows = first + lax.iota(jnp.int32, block)
     # The block's own rows: masked against those that the call has left.
-    q = tile(q_ref, 0, block, call.rows - first, call.width)
-    scale = scale_ref[0]
+    q = tile(refs.q, 0, block, call.rows - first, call.width)
+    scale = refs.scale[0]
 
     def walk(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = carry
+        row_max, total, acc = carry
         pairs = n * step + lax.iota(jnp.int32, step)
-        keys = tile(keys_ref, n * step, step, call.pairs, call.width)
-        values = tile(values_ref, n * step, step, call.pairs, call.value_width)
+        keys = tile(refs.keys, n * step, step, call.pairs, call.width)
+        values = tile(refs.values, n * step, step, call.pairs, call.value_width)
         logit = jnp.where((pairs < call.pairs)[None, :], logits(q, keys, scale, call), -jnp.inf)
         # Every step holds a pair, so the new maximum is finite.
-        new_top = jnp.maximum(top, jnp.max(logit, axis=1))
-        fade = jnp.exp2(top - new_top)
-        weights = softmax_weights(logit, new_top[:, None])
-        total = total * fade + jnp.sum(weights, axis=1)
-        factor = kept(seed_ref, table, rows[:, None], pairs[None, :], call)
+        new_max = jnp.maximum(row_max, jnp.max(logit, axis=1))
+        alpha = jnp.exp2(row_max - new_max)
+        weights = softmax_weights(logit, new_max[:, None])
+        total = total * alpha + jnp.sum(weights, axis=1)
+        factor = dropout_mask(refs.seed, table, rows[:, None], pairs[None, :], call)
         read = (weights if factor is None else weights * factor).astype(values.dtype)
-        return new_top, total, acc * fade[:, None] + product(read, values, call)
+        return new_max, total, acc * alpha[:, None] + product(read, values, call)
 
     start = (
         jnp.full((block,), -jnp.inf, jnp.float32),
         jnp.zeros((block,), jnp.float32),
         jnp.zeros((block, wide_v), jnp.float32),
     )
-    top, total, acc = lax.fori_loop(0, -(-call.pairs // step), walk, start)
+    row_max, total, acc = lax.fori_loop(0, -(-call.pairs // step), walk, start)
     total = jnp.where(total < 0.5, 1.0, total)
     store_tile(y_ref, acc / total[:, None], first, call.rows, call.value_width)
-    store(lse_ref.at[:], top + jnp.log2(total), rows < call.rows)
+    store(lse_ref.at[:], row_max + jnp.log2(total), rows < call.rows)

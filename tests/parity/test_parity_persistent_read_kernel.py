@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmem.ops.persistent_read as op
 from jaxmem.errors import KernelUnsupported
+from jaxmem.ops import persistent_read_xla as xla
 from jaxmem.ops.attention import Dropout
 from jaxmem.ops.dispatch import Implementation
 from jaxmem.ops.persistent_read import persistent_read
 from pallas_kernels._compat import make_mesh
 from pallas_kernels._dropout import dropout_seed, kept
-from pallas_kernels.persistent_read import PersistentReadConfig
+from pallas_kernels.persistent_read import Operands, PersistentReadConfig
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
 
 TILES = PersistentReadConfig(
@@ -199,13 +199,14 @@ def test_float32_queries_of_half_precision_values():
 @pytest.mark.parametrize("banks", [1, 2])
 def test_xla_in_blocks_of_queries(banks: int, monkeypatch: pytest.MonkeyPatch):
     size = Size(batch=3, length=100, banks=banks)
-    monkeypatch.setattr(op, "WEIGHTS_LIMIT", 0)  # blocks of 128, the last one partly filled
-    assert op._blocks(size.heads * banks, size.pairs, 300, 4) == (3, 128)
+    monkeypatch.setattr(xla, "WEIGHTS_LIMIT", 0)  # blocks of 128, the last one partly filled
     args = inputs(size)
+    flat = Operands(args.q.reshape(300, size.heads, size.width), *args[1:])
+    assert xla._blocks(flat) == (3, 128)
     check(args, implementation="xla")
     blocked = run(args, implementation="xla", dropout=Dropout(0.3, jax.random.key(1)))
     monkeypatch.undo()
-    assert op._blocks(size.heads * banks, size.pairs, 300, 4) == (1, 300)
+    assert xla._blocks(flat) == (1, 300)
     at_once = run(args, implementation="xla", dropout=Dropout(0.3, jax.random.key(1)))
     assert_close(blocked[0], at_once[0], FORWARD)
     assert_close(blocked[1], at_once[1], GRADIENT)
@@ -262,9 +263,9 @@ def test_second_derivative_says_what_to_do(order: str):
         twice(args.q)
 
 
-@pytest.mark.parametrize("limit", [0, op.WEIGHTS_LIMIT])
+@pytest.mark.parametrize("limit", [0, xla.WEIGHTS_LIMIT])
 def test_second_derivative_of_xla(limit: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(op, "WEIGHTS_LIMIT", limit)
+    monkeypatch.setattr(xla, "WEIGHTS_LIMIT", limit)
     args = inputs(Size(batch=1, length=2, pairs=3, width=2, value_width=2))
 
     def slope(q: jax.Array, form: Implementation) -> jax.Array:

@@ -1,5 +1,7 @@
 """Dropout, defaults and errors of attention."""
 
+import inspect
+import warnings
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from jaxmem.errors import ConfigError, DTypeError, KernelUnsupported, ShapeError, UnknownName
 from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.dispatch import explain
+from pallas_kernels._compat import stand_in_gpu
 
 ONES = jnp.ones((2, 3, 2, 4))
 IDS = jnp.ones((2, 3), jnp.int32)
@@ -53,7 +56,7 @@ def test_one_scale_is_that_of_every_head():
         ((ONES, jnp.ones((2, 3, 3, 4)), jnp.ones((2, 3, 3, 4))), {}, "do not fit together"),
         ((ONES, ONES, jnp.ones((2, 2, 2, 4))), {}, "do not fit together"),
         ((ONES, *(jnp.ones((2, 5, 2, 4)),) * 2), {}, "3 queries and 5 keys without `places`"),
-        ((jnp.ones((2, 0, 2, 4)),) * 3, {}, "an axis of q .* is empty"),
+        ((jnp.ones((2, 3, 2, 0)),) * 3, {}, "an axis of q .* is empty"),
         ((ONES,) * 3, {"lag": 2, "window": 2}, "Use 0 <= lag < window"),
         ((ONES,) * 3, {"lag": -1}, "Use 0 <= lag < window"),
         ((ONES,) * 3, {"log_forget": jnp.ones((2, 3, 1))}, r"Pass one gate .*shape \(2, 3, 2\)"),
@@ -136,6 +139,65 @@ def test_auto_on_a_cpu_says_what_it_takes():
     choice = explain("attention", ONES, ONES, ONES, scale=1.0)
     assert choice.implementation == "xla"
     assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]
+    half = ONES.astype(jnp.bfloat16)
+    with pytest.raises(KernelUnsupported, match="no CUDA GPU here"):
+        explain("attention", half, half, half, implementation="cudnn")
+
+
+def test_few_queries_take_no_kernel_on_a_gpu():
+    def chosen(length: int, **options: Any) -> str:
+        arrays = [jax.ShapeDtypeStruct((2, length, 2, 16), jnp.float32)] * 3
+        with stand_in_gpu():
+            return explain("attention", *arrays, **options).implementation
+
+    assert [chosen(16), chosen(17)] == ["xla", "pallas"]
+    assert chosen(16, implementation="pallas") == "pallas"
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas", "auto"])
+def test_nothing_to_read(implementation: Any):
+    """Rows, queries and keys may be none; where no key is, the result is 0."""
+    options: dict[str, Any] = {"implementation": implementation, "causal": False}
+
+    def shaped(batch: int, queries: int, keys: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.ones((batch, n, 2, 4)) for n in (queries, keys, keys))
+
+    for sizes in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
+        y, lse = attention_with_lse(*shaped(*sizes), **options)
+        np.testing.assert_array_equal(y, jnp.zeros((*sizes[:2], 2, 4)))
+        np.testing.assert_array_equal(lse, jnp.full((*sizes[:2], 2), -jnp.inf))
+        grads = jax.grad(lambda q, *a: jnp.sum(attention(q, *a, **options)))(*shaped(*sizes))
+        np.testing.assert_array_equal(grads, jnp.zeros((*sizes[:2], 2, 4)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lag": 1}, {"window": 3}, {"log_forget": jnp.zeros((2, 3, 2))}],
+    ids=["lag", "window", "log_forget"],
+)
+def test_without_order_there_are_no_distances(options: dict[str, Any]):
+    with pytest.raises(ConfigError, match="lag, window and log_forget are about the order"):
+        attention(ONES, ONES, ONES, causal=False, **options)
+
+
+def test_both_functions_take_the_same():
+    signatures = [inspect.signature(call).parameters for call in (attention, attention_with_lse)]
+    assert signatures[0] == signatures[1]
+    kinds = {name: p.kind for name, p in signatures[0].items()}
+    positional = [n for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == ["q", "k", "v"]
+    assert signatures[0]["scale"].default is None
+
+
+def test_numbers_of_numpy_and_a_scale_of_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    expected = attention(ONES, ONES, ONES, scale=0.5)
+    x = np.ones(ONES.shape)  # float64, which must not warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (None, np.float32(0.5), np.float64(0.5), np.full(2, 0.5)):
+            found = attention(x, x, x, scale=scale)
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])

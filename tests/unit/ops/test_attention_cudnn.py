@@ -11,21 +11,27 @@ from jaxmem.errors import KernelUnsupported
 from jaxmem.ops import attention_cudnn
 from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.dispatch import explain
+from pallas_kernels._compat import stand_in_gpu
+from tests.helpers.compare import BFLOAT16, assert_close
 
-PLAIN = tuple(jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.bfloat16) for _ in range(3))
-IDS = jnp.ones((2, 16), jnp.int32)
+PLAIN = tuple(jax.ShapeDtypeStruct((2, 32, 4, 64), jnp.bfloat16) for _ in range(3))
+IDS = jnp.ones((2, 32), jnp.int32)
 KEY = jax.random.key(0)
 
 
-def honest(q: Any, k: Any, v: Any, *, scale: float, window: int | None) -> jax.Array:
+def honest(q: Any, k: Any, v: Any, *, scale: float, window: int | None, causal: bool) -> jax.Array:
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="xla"
+        q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="xla"
     )
 
 
-def without_window(q: Any, k: Any, v: Any, *, scale: float, window: int | None) -> jax.Array:
-    return honest(q, k, v, scale=scale, window=None)
+def without_window(*arrays: Any, window: int | None, **options: Any) -> jax.Array:
+    return honest(*arrays, window=None, **options)
+
+
+def always_causal(*arrays: Any, causal: bool, **options: Any) -> jax.Array:
+    return honest(*arrays, causal=True, **options)
 
 
 def broken(*_: Any, **__: Any) -> jax.Array:
@@ -33,18 +39,54 @@ def broken(*_: Any, **__: Any) -> jax.Array:
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch):
-    """A process that takes itself for one with a GPU, has not probed yet, and runs XLA instead."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention_cudnn, "run", honest)
+def fresh():
+    """A process that has not probed yet."""
     attention_cudnn.probe.cache_clear()
     yield
     attention_cudnn.probe.cache_clear()
 
 
-@pytest.mark.parametrize("windowed", [False, True])
-def test_the_probe_accepts_what_agrees(windowed: bool):
-    assert attention_cudnn.probe(windowed) is None
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """A process that takes itself for one with a GPU, and runs XLA instead of cuDNN."""
+    monkeypatch.setattr(attention_cudnn, "run", honest)
+    with stand_in_gpu():
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+
+@pytest.mark.parametrize(("windowed", "causal"), [(False, True), (True, True), (False, False)])
+def test_the_probe_accepts_what_agrees(windowed: bool, causal: bool):
+    assert attention_cudnn.probe(windowed, causal) is None
+
+
+def test_the_probe_sees_a_mask_that_should_not_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_cudnn, "run", always_causal)
+    assert "its probe is off by" in str(attention_cudnn.probe(False, causal=False))
+
+
+@pytest.mark.parametrize("verdict", [None, "its probe failed: " + 300 * "x"], ids=["good", "bad"])
+def test_the_first_process_decides_for_all(verdict: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Process 1 would say otherwise; it does not even look."""
+    sent = []
+
+    def broadcast(words: np.ndarray) -> np.ndarray:
+        sent.append(words)
+        return sent[0]
+
+    monkeypatch.setattr(attention_cudnn, "_verdict", lambda *_: verdict)
+    monkeypatch.setattr(attention_cudnn.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    first = attention_cudnn.probe(False)
+    attention_cudnn.probe.cache_clear()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(attention_cudnn, "_verdict", lambda *_: pytest.fail("it looked"))
+    assert attention_cudnn.probe(False) == first
+    assert (first is None) == (verdict is None)
+    assert str(verdict).startswith(str(first))
 
 
 def test_the_probe_sees_an_ignored_window(monkeypatch: pytest.MonkeyPatch):
@@ -86,7 +128,7 @@ def test_a_plain_call_is_taken():
     assert explain("attention", *PLAIN, scale=0.125, implementation="cudnn").reason
     q = jax.random.normal(jax.random.key(0), (1, 8, 2, 16), jnp.bfloat16)
     y = attention(q, q, q, scale=0.25, window=3, implementation="cudnn")
-    expected = honest(q, q, q, scale=0.25, window=3)
+    expected = honest(q, q, q, scale=0.25, window=3, causal=True)
     assert jnp.array_equal(y, expected)
 
 
@@ -101,20 +143,20 @@ def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Shape
         (PLAIN, {"dropout": Dropout(0.1, KEY)}, "it has no dropout"),
         (PLAIN, {"places": Places(*(IDS,) * 4)}, "it has no places or segment_ids"),
         (PLAIN, {"segment_ids": IDS}, "it has no places or segment_ids"),
-        (PLAIN, {"log_forget": jnp.zeros((2, 16, 4))}, "it has no log_forget"),
+        (PLAIN, {"log_forget": jnp.zeros((2, 32, 4))}, "it has no log_forget"),
         (PLAIN, {"clamp": 5.0}, "it has no clamp"),
-        (PLAIN, {"value_gate": jnp.ones((2, 16, 4)), "lag": 1}, "it has no value_gate, lag"),
+        (PLAIN, {"value_gate": jnp.ones((2, 32, 4)), "lag": 1}, "it has no value_gate, lag"),
         (PLAIN, {"scale": jnp.ones(4)}, "one Python number"),
-        (shaped((2, 16, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
-        (shaped((2, 16, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),
-        (shaped((2, 16, 4, 136)), {}, r"a multiple of 8 to 128, not \[136\]"),
+        (shaped((2, 32, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
+        (shaped((2, 32, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),
+        (shaped((2, 32, 4, 136)), {}, r"a multiple of 8 to 128, not \[136\]"),
     ],
 )
 def test_what_it_is_not_asked_for(arrays: Any, options: dict[str, Any], reason: str):
     with pytest.raises(KernelUnsupported, match=reason):
         explain("attention", *arrays, **{"scale": 0.125, **options}, implementation="cudnn")
     choice = explain("attention", *arrays, **{"scale": 0.125, **options})
-    assert choice.implementation == "xla"
+    assert choice.implementation == "pallas"
     assert choice.rejected[0].implementation == "cudnn"
 
 
@@ -130,8 +172,27 @@ def test_a_rate_of_zero_is_no_dropout(scale: float):
     assert choice.implementation == "cudnn"
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    with pytest.raises(KernelUnsupported, match="no CUDA GPU here"):
-        explain("attention", *PLAIN, scale=0.125, implementation="cudnn")
-    assert explain("attention", *PLAIN, scale=0.125).implementation == "xla"
+def test_few_queries_take_no_kernel():
+    few = shaped((2, 16, 4, 64))
+    choice = explain("attention", *few, scale=0.125)
+    assert choice.implementation == "xla"
+    assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]
+    assert all("16 are few" in r.reason for r in choice.rejected)
+    named = explain("attention", *few, scale=0.125, implementation="cudnn")
+    assert named.implementation == "cudnn"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_jax_runs_where_the_arrays_are(causal: bool, monkeypatch: pytest.MonkeyPatch):
+    """Under `auto` a CPU in a process with a GPU runs neither cuDNN nor what stands for it here."""
+    q = jax.random.normal(jax.random.key(0), (1, 32, 2, 16), jnp.bfloat16)
+    assert attention_cudnn.probe(False, causal) is None
+    monkeypatch.setattr(attention_cudnn, "run", lambda q, *_, **__: jnp.nan * q)
+
+    def loss(q: jax.Array, name: Any) -> jax.Array:
+        y = attention(q, q, q, causal=causal, implementation=name)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    assert explain("attention", q, q, q, causal=causal).implementation == "cudnn"
+    found, expected = (jax.value_and_grad(loss)(q, name) for name in ("auto", "xla"))
+    assert_close(found, expected, BFLOAT16)
