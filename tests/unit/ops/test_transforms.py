@@ -41,7 +41,9 @@ class Tried:
         self.call, self.implementation = call, implementation
 
     def run(self, operands: dict[str, jax.Array]) -> list[jax.Array]:
-        return floats(self.call.run(**operands, implementation=self.implementation))
+        """Return all outputs, with 0 for the log-sum-exp of nothing."""
+        found = floats(self.call.run(**operands, implementation=self.implementation))
+        return [jnp.where(y == -jnp.inf, 0.0, y) for y in found]
 
     def total(self, operands: dict[str, jax.Array]) -> jax.Array:
         """Return a function of all outputs that is linear in none of them."""
