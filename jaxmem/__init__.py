@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
+    from jaxmem.ops.attention import (
+        AttentionOutput,
+        Dropout,
+        Places,
+        attention,
+        attention_with_lse,
+    )
     from jaxmem.ops.dispatch import explain, use_implementation
     from jaxmem.ops.gated_scan import GatedScanOutput, gated_scan
     from jaxmem.ops.leaky_average import LeakyOutput, LeakyState, leaky_average
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionOutput": "jaxmem.ops.attention",
     "Dropout": "jaxmem.ops.attention",
     "GatedScanOutput": "jaxmem.ops.gated_scan",
     "LeakyOutput": "jaxmem.ops.leaky_average",
@@ -51,6 +58,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionOutput",
     "Dropout",
     "GatedScanOutput",
     "LeakyOutput",

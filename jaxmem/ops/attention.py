@@ -268,8 +268,9 @@ def _distances(lag: int, window: int | None, distances: Any) -> tuple[int, int |
     """Return a rule that is the same for places fewer than `distances` apart, in small numbers."""
     if not isinstance(distances, int):  # a symbolic size
         distances = FAR
-    everything = window is None or window >= distances
-    return min(int(lag), distances), None if everything else int(window)
+    if window is not None:
+        window = None if window >= distances else int(window)
+    return min(int(lag), distances), window
 
 
 def _gates(log_forget: Array, segment_ids: Array | None) -> Array:
@@ -337,7 +338,7 @@ def _xla(rule: Rule, operands: Operands) -> Read:
     return attention_blocked.blocked(rule, operands)
 
 
-def _cudnn(rule: Rule, operands: Operands, scale: float, elsewhere: bool) -> Read:
+def _cudnn(rule: Rule, operands: Operands, scale: Any, elsewhere: bool) -> Read:
     """Run cuDNN; with `elsewhere`, plain JAX where the code does not run on a GPU."""
     q, k, v = operands[:3]
     run = functools.partial(

@@ -11,7 +11,7 @@ softmax takes from a query's gradient is <dy_i, y_i>, one number.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def tile_tangents(
     tile: Tile,
     scale: Array,
     seed: Array | None,
-    weights: "Weights",
+    weights: Weights,
     tangents: Tangents,
 ) -> Sums:
     """Return Σ_s weights (r s' v + (r v)') and Σ_s weights s', linear in the tangents.
@@ -174,22 +174,21 @@ def tile_tangents(
       weights: p, or p times any factor per query.
       tangents: of the tile.
     """
-    wide, (weights, over) = scale.dtype, weights
-    v = tile.v.astype(wide)
-    shares = _times(weights, _logit_tangents(rule, tile, scale, over, tangents))
-    read = shares if tile.gate is None else _times(shares, tile.gate[:, :, None])
-    if tangents.gate is not None:
-        read = _added(read, weights * tangents.gate[:, :, None])
+    wide, p = scale.dtype, weights.value
     factor = None if seed is None else kept(rule, seed, tile.dropout_rows, tile.keys)
+    gate = None if tile.gate is None else tile.gate[:, :, None]
+    logits = _logit_tangents(rule, tile, scale, weights.over, tangents)
+    shares = None if logits is None else p * logits
+    read = _times(shares, gate)
+    if tangents.gate is not None:
+        read = _added(read, p * tangents.gate[:, :, None])
     batch, queries, heads, _ = tile.q.shape
-    y = jnp.zeros((batch, queries, heads, v.shape[-1]), wide)
+    y = jnp.zeros((batch, queries, heads, tile.v.shape[-1]), wide)
     if read is not None:
-        y = y + _over_keys(rule, read if factor is None else read * factor, v, scale)
+        y += _over_keys(rule, _times(read, factor), tile.v.astype(wide), scale)
     if tangents.v is not None:
-        read = weights if factor is None else weights * factor
-        read = read if tile.gate is None else read * tile.gate[:, :, None]
-        y = y + _over_keys(rule, read, tangents.v.astype(wide), scale)
-    lse = jnp.zeros(weights.shape[:3], wide) if shares is None else jnp.sum(shares, axis=-1)
+        y += _over_keys(rule, _times(_times(p, factor), gate), tangents.v.astype(wide), scale)
+    lse = jnp.zeros(p.shape[:3], wide) if shares is None else jnp.sum(shares, axis=-1)
     return Sums(y, lse)
 
 
@@ -316,8 +315,10 @@ def _product(formula: str, a: Array, b: Array, scale: Array, rule: Rule) -> Arra
 
 
 def _added(a: Array | None, b: Array | None) -> Array | None:
+    """Add tangents; None is zero."""
     return b if a is None else a if b is None else a + b
 
 
-def _times(a: Array, b: Array | None) -> Array | None:
-    return None if b is None else a * b
+def _times(a: Any, factor: Array | None) -> Any:
+    """Multiply a tangent, of which None is zero, by a factor, of which None is one."""
+    return a if a is None or factor is None else a * factor

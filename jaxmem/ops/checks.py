@@ -69,7 +69,7 @@ def is_empty(array: Any) -> bool:
     return any(isinstance(size, int) and size == 0 for size in array.shape)
 
 
-def check_shape(op: str, name: str, array: Any, expected: tuple[int, ...], what: str) -> None:
+def check_shape(op: str, name: str, array: Any, expected: tuple[Any, ...], what: str) -> None:
     """Check that an argument has the one shape that fits the others; None passes.
 
     Raises:

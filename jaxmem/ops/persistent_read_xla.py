@@ -166,7 +166,7 @@ def _cotangents(
     (dkeys, dvalues), dq = _by_blocks(operands, block, zeros, inputs)
     dq = jnp.sum(_split_banks(operands, dq), axis=0)
     dkeys = (dkeys * _scales(operands)).reshape(operands.keys.shape)
-    found = Tangents(jnp.moveaxis(dq, 2, 0), dkeys, dvalues.reshape(operands.values.shape))
+    found = (jnp.moveaxis(dq, 2, 0), dkeys, dvalues.reshape(operands.values.shape))
     asked = (None if s is None else a.astype(s.dtype) for a, s in zip(found, shapes, strict=True))
     return Tangents(*asked)
 

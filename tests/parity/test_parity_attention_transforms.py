@@ -82,7 +82,8 @@ def derivatives(call: Callable) -> dict[str, Any]:
     gradient = jax.grad(loss(call), every)
 
     def slope(*primals: Array) -> Array:
-        return sum(jnp.vdot(a, b) for a, b in zip(gradient(*primals), TANGENTS, strict=True))
+        products = map(jnp.vdot, gradient(*primals), TANGENTS)
+        return functools.reduce(jnp.add, products)
 
     def moved(*primals: Array) -> Array:
         return jnp.sum(jnp.sin(jax.jvp(call, primals, TANGENTS)[1]))
@@ -125,7 +126,7 @@ def test_shard_map_with_its_check(form: str, op: Callable, implementation: str):
     assert_close(found, expected, SECOND)
 
 
-def one_row(form: str) -> Callable:
+def one_row(form: Any) -> Callable:
     """As `packed`, without what mixes rows."""
 
     def call(q: Array, k: Array, v: Array, gates: Array) -> Array:
@@ -161,5 +162,7 @@ def test_a_gpu_runs_tiles_without_conditions(
 
     text = lower_for_cuda(step, shape, shape, shape).as_text()
     assert not re.search(r"stablehlo\.(case|if)\b", text)
-    limits = re.findall(r"stablehlo\.while.*?dense<(\d+)> : tensor<i32>", text, re.DOTALL)
-    assert limits == [str(pairs)] * 2, "of 64 pairs of blocks, forward and backward"
+    # A third loop, over numbers of blocks alone, comes to nothing: XLA drops it.
+    loops = re.findall(r"stablehlo\.while([^\n]*)(.*?)dense<(\d+)> : tensor<i32>", text, re.DOTALL)
+    lengths = [int(length) for header, _, length in loops if "xf32" in header]
+    assert lengths == [pairs, pairs], "of 64 pairs of blocks, forward and backward"

@@ -103,18 +103,23 @@ def test_plain_forms_of_a_cpu_and_of_another_platform():
     )
 
 
-@pytest.mark.parametrize("name", [n for n, c in CALLS.items() if "pallas" in implementations(c.op)])
+# With a state squared attention is a recurrence, which has no kernel.
+KERNELS = [n for n, c in CALLS.items() if "pallas" in implementations(c.op) and "state" not in n]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_op_runs_on_the_cpu_of_a_process_with_a_gpu(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):
     call = CALLS[name]
     longer = call._replace(sizes={**call.sizes, **dict.fromkeys("TS", max(40, call.sizes["T"]))})
 
-    def total(operands: dict[str, Array], implementation: Any) -> Array:
+    def total(operands: dict[str, Array], implementation: Any) -> tuple[Array, Any]:
         found = jax.tree.leaves(call.run(**operands, implementation=implementation))
-        return sum(jnp.sum(jnp.sin(y)) for y in found)
+        found = [jnp.where(y == -jnp.inf, 0.0, y) for y in found]  # log-sum-exps of nothing
+        return sum(jnp.sum(jnp.sin(y)) for y in found), found
 
-    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    run = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
     expected = run(longer.operands(), "xla")
     monkeypatch.setattr(_compat, "_local_gpu", lambda: Target("NVIDIA H200", (9, 0)))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
