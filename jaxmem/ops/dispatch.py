@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxmem.errors import KernelUnsupported, UnknownName, unknown_name
 from pallas_kernels._compat import default_platform, target
@@ -176,7 +177,7 @@ def explain(
 def _device_of(*trees: Any) -> Any:
     """Return the device that committed arrays stand on, or the one of `jax.default_device`."""
     leaves = [a for a in jax.tree.leaves(trees) if isinstance(a, jax.Array)]
-    concrete = [a for a in leaves if not isinstance(a, jax.core.Tracer)]
+    concrete = [a for a in leaves if not isinstance(a, Tracer)]
     devices = [device for a in concrete if a.committed for device in a.devices()]
     default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return devices[0] if devices else default

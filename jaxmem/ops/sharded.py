@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from jaxmem.errors import ConfigError, ShapeError
 from jaxmem.ops.attention_terms import Dropout, Places
@@ -96,7 +96,9 @@ def sharded(
         run = jax.shard_map(
             on_a_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        return jax.tree.unflatten(jax.tree.structure(outputs), run(*arrays))
+        return jax.tree.unflatten(
+            jax.tree.structure(outputs), run(*_placed(mesh, arrays, in_specs))
+        )
 
     return typing.cast(Op, call)
 
@@ -167,6 +169,14 @@ def _split(plan: _Plan, name: str, axis: str, size: int) -> tuple[str, ...] | No
             f"Pass a multiple of {devices}, or do not split them."
         )
     return over
+
+
+def _placed(mesh: Mesh, arrays: list[Array], specs: tuple[PartitionSpec, ...]) -> list[Array]:
+    """Move arrays to their devices where the types of arrays say where they are."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    each = zip(arrays, specs, strict=True)
+    return [reshard(array, NamedSharding(mesh, spec)) for array, spec in each]
 
 
 def _unstated(plan: _Plan, name: str) -> ConfigError:

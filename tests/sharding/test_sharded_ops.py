@@ -122,6 +122,15 @@ def test_kernels_run_in_it(name: str):
     assert_close(got, both(op, operands, {**options, "implementation": "xla"}), ROUNDING)
 
 
+def test_a_mesh_of_explicit_axes():
+    """Those of `jax.make_mesh`, whether the arrays are there already or not."""
+    explicit = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    op = jaxmem.sharded(jaxmem.attention, explicit, rows="data")
+    run = jax.jit(jax.grad(lambda q: jnp.sum(jnp.sin(op(q, q, q, scale=0.5)))))
+    placed = jax.device_put(HEADS, jax.NamedSharding(explicit, jax.P("data")))
+    np.testing.assert_array_equal(run(HEADS), run(placed))
+
+
 def test_devices_draw_other_masks():
     op = jaxmem.sharded(jaxmem.attention, mesh(4, 2), rows="data", heads="tensor")
     same = jnp.ones((B, T, H, K))
