@@ -495,8 +495,10 @@ def test_rematerialised_blocks_give_the_same_gradients():
     grads = [jax.grad(lambda p, c=c: scored(c, p, jax.random.key(5))) for c in (plain, forgetful)]
     kept, again = (jax.jit(grad)(params) for grad in grads)
     assert_close(again, kept, GRADIENT)
+    # Attention checkpoints its tiles by itself: each block adds one of its own.
     text = [str(jax.make_jaxpr(grad)(params)) for grad in grads]
-    assert ["remat" in t or "checkpoint" in t for t in text] == [False, True]
+    counts = [t.count("remat") + t.count("checkpoint") for t in text]
+    assert counts[1] > counts[0]
 
 
 def test_the_parts_of_the_library_compute_their_equations():
