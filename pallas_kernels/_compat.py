@@ -7,7 +7,10 @@ below, so that a move to another backend changes this file, and loads and stores
 
 import contextlib
 import contextvars
+import importlib.util
 import re
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -27,6 +30,12 @@ except ImportError as error:  # the backend is announced to be removed
     _MISSING = f"jax {jax.__version__} has no Pallas Triton backend ({error})"
 else:
     _MISSING = None
+
+_TRITON_DIALECT = "jaxlib.mlir.dialects.tt"
+# MLIR tries to import the Python module of a dialect whenever it meets a type of it. Triton's has
+# none, and the search took a third of a kernel's lowering; what is there, if empty, is not sought.
+if _MISSING is None and importlib.util.find_spec(_TRITON_DIALECT) is None:
+    sys.modules.setdefault(_TRITON_DIALECT, types.ModuleType(_TRITON_DIALECT))
 
 Precision = Literal["default", "high", "highest"]
 """Products of float32 tiles: TF32, three TF32 products (about float32), or IEEE float32."""
