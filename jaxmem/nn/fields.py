@@ -1,6 +1,7 @@
 """Checks of the fields of a config that several configs share."""
 
 import math
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxmem.errors import ConfigError
@@ -8,10 +9,17 @@ from jaxmem.errors import ConfigError
 
 def check_choices(config: Any, path: str) -> None:
     """Raise ConfigError unless each field of a `Literal` type has one of its values."""
-    for field, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, field) not in get_args(kind):
-            choices = ", ".join(map(str, get_args(kind)))
-            raise ConfigError(f"{path}.{field}={getattr(config, field)!r}. Use one of {choices}.")
+    for field, choices in _choices(type(config)).items():
+        if getattr(config, field) not in choices:
+            names = ", ".join(map(str, choices))
+            raise ConfigError(f"{path}.{field}={getattr(config, field)!r}. Use one of {names}.")
+
+
+@cache
+def _choices(config: type) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each field of a `Literal` type."""
+    kinds = get_type_hints(config).items()
+    return {field: get_args(kind) for field, kind in kinds if get_origin(kind) is Literal}
 
 
 def check_positive(config: Any, path: str, **usual: float) -> None:
