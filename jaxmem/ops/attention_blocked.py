@@ -294,11 +294,6 @@ class _Rows(NamedTuple):
         of_keys = jnp.where(of_keys < self.stored, of_keys, FAR)
         return Tile(q, k, v, places, decay, gate, index, of_keys, row)
 
-    def joined(self, read: Read) -> Read:
-        """Merge what all blocks of queries have into rows."""
-        y, lse = _joined(read.y, 1), _joined(read.lse, 2)
-        return Read(y[:, : self.length], lse[:, :, : self.length])
-
 
 def _at(arrays: Any, n: Array | int, block: int) -> Any:
     """Return block n of arrays [B T], [B H T] or [B T H K]."""
