@@ -24,10 +24,10 @@ FILES = check.find_files([DATA], "")
 Edit = Callable[[dict[str, np.ndarray]], None]
 
 
-@pytest.mark.parametrize("precision", check.LIMITS)
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_stored_file_passes(path: Path, precision: check.Precision):
-    result = check.check_file(path, precision)
+def test_stored_file_passes(path: Path):
+    """In float64; `.ci/run` compares the same files in float32."""
+    result = check.check_file(path, "float64")
     assert result.verdict == "passed", result.reason
 
 

@@ -272,7 +272,8 @@ def test_every_entry_has_its_kernels_and_is_found(entry: Entry):
 
 def test_the_table_has_every_dtype_and_width():
     for dtype in ("bfloat16", "float16", "float32"):
-        assert {e.width for e in TABLE if e.dtype == dtype} == {32, 64, 128, 256}
+        widths = {e.width for e in TABLE if e.dtype == dtype}
+        assert widths >= {32, 64, 128, 256}
 
 
 @pytest.mark.parametrize("precision", ["default", "high", "highest"])

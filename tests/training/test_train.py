@@ -69,7 +69,8 @@ def test_log_says_what_the_ops_of_this_step_chose_and_why(finished):
     log = (config.run.folder / "log.txt").read_text()
     ops = [line for line in log.splitlines() if line.startswith("op  ")]
     assert len(ops) == 1  # the model has one op, although others are loaded
-    assert ops[0].startswith("op         attention: xla (not cudnn: it has no dropout; not pallas:")
+    assert ops[0].startswith("op         attention: xla (not cudnn: no GPU here, ")
+    assert "; not pallas: no GPU here, " in ops[0]
 
 
 def test_at_end_gets_the_trained_model(finished):
