@@ -70,11 +70,12 @@ def test_bad_character_vocabulary(characters):
 
 
 def test_five_megabytes_of_characters_encode_within_a_second():
+    """A second of the processor, which other programs on the machine do not lengthen."""
     text = "To be, or not to be, that is the question:\n" * 120_000
     tokenizer = CharTokenizer.from_text(text)
-    begin = time.perf_counter()
+    begin = time.process_time()
     ids = tokenizer.encode(text)
-    assert time.perf_counter() - begin < 1.0  # measured 0.04 s
+    assert time.process_time() - begin < 1.0  # measured 0.04 s
     assert len(ids) == len(text) > 5_000_000
 
 
