@@ -28,10 +28,32 @@ from pallas_kernels._launch import Entry, shared_limit, target
 
 ROOT = Path(pallas_kernels.__file__).parent
 RENEW = "Renew them: python -m experiments.benchmark --compile-lock changed"
+
+
+def lowered_here(kernel: str, folder: str) -> list[Entry]:
+    """Return the entries of a table whose calls are lowered in this process.
+
+    All of them, where digests are compared. Another JAX only shows that it lowers the kernels at
+    all: entries that have every dtype, width and length among them are enough.
+    """
+    entries = _lock.launches(kernel, folder)
+    if _lock.compared(_lock.read(kernel, folder)):
+        return entries
+
+    def values(entry: Entry) -> set[object]:
+        return {entry.dtype, entry.width, (entry.length, entry.rows)}
+
+    rest, chosen = set().union(*map(values, entries)), []
+    while rest:
+        chosen.append(max(entries, key=lambda entry: len(values(entry) & rest)))
+        rest -= values(chosen[-1])
+    return chosen
+
+
 ENTRIES = [
     (kernel, folder, entry)
     for kernel, folder in _lock.tables()
-    for entry in _lock.launches(kernel, folder)
+    for entry in lowered_here(kernel, folder)
 ]
 
 
@@ -64,7 +86,7 @@ def test_the_compiler_is_not_newer_than_the_rows(kernel: str, folder: str):
 
 
 @pytest.mark.parametrize(("kernel", "folder", "entry"), ENTRIES, ids=label)
-def test_every_entry_lowers_to_what_was_compiled(kernel: str, folder: str, entry: Entry):
+def test_entries_lower_to_what_was_compiled(kernel: str, folder: str, entry: Entry):
     mine = [call for call in _lock.calls(kernel, folder) if call.entry == entry]
     assert mine
     assert [_lock.stale(call, folder) for call in mine] == [None] * len(mine)
