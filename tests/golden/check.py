@@ -113,10 +113,20 @@ def _polynomial(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bo
     return bool(re.search("taylor|learned_terms|poly_", str(meta.get("attention_type"))))
 
 
+def _authors_are_off(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """A file that says of the authors' own float32 gradients that they miss the usual limit."""
+    errors = meta.get("float32_upstream_rel_err") or {}
+    return errors.get("grad", 0.0) > LIMITS["float32"].gradients
+
+
 EXEMPTIONS = (
     # As the README of the set has it. Measured 1.5e-6 and 2.8e-4 (orders 2 to 4 of the latter).
     Exemption("two_mamba", _polynomial, r"output/.*", 1e-4),
     Exemption("two_mamba", _polynomial, r"grad/.*", 1e-3),
+    # As the README of the set has it: the first weights of a row are small squares, by whose sum
+    # it is divided. Measured 9.8e-5 on one processor and below 5e-5 on another; the authors' own
+    # float32 run is 8.2e-5 off.
+    Exemption("two_mamba", _authors_are_off, r"grad/.*", 8e-4),
     # Decay gradients of such heads differ by 30 orders of magnitude: per head rtol 1e-3, atol 1e-5.
     # Measured 2.5e-4, at rate 1e-5, where the quotient of two long sums cancels.
     Exemption(

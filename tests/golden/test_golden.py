@@ -265,6 +265,14 @@ def test_exemptions_need_the_kind_of_file_and_float32():
     assert limit("float32", beta=[0.0], module="another") == 5e-5
 
 
+@pytest.mark.parametrize(("grad", "limit"), [(8e-5, 8e-4), (4e-5, 5e-5), (None, 5e-5)])
+def test_files_whose_authors_are_off_are_exempt(grad: float | None, limit: float):
+    meta = {"float32_upstream_rel_err": None if grad is None else {"y": 1e-4, "grad": grad}}
+    found = check.criterion("two_mamba", "grad/hidden_states", "float32", meta, {})
+    assert found.limit == limit
+    assert check.criterion("two_mamba", "output/y", "float32", meta, {}).limit == 5e-6
+
+
 def test_a_clamped_scale_is_exempt_from_the_figures_for_float32():
     def limits(scale: float, precision: check.Precision) -> tuple[float, float]:
         arrays = {"param/blocks.0.attn.kernel_beta": np.array([0.1, scale])}
