@@ -23,8 +23,11 @@ Similarity = Callable[[Array], Array]
 CPU_BLOCK = 128
 """Sides of a tile, whose weights a cache holds: twice as fast as tiles of all keys."""
 GPU_BLOCK = 512
-MAX_BLOCKS = 16
-"""Most blocks along a side: every tile adds to the gradient of all queries and keys."""
+MAX_BLOCKS = 8
+"""Most blocks along a side: every tile adds to the gradient of all queries and keys.
+
+With 16, 2048 squared products of width 32 take 254 ms on a CPU, forward and backward, with 8 218.
+"""
 CAUSAL = Rule(lag=0, window=None, rate=0.0, precision=None, clamp=None)
 
 
