@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from pallas_kernels._compat import Precision, launch, load, mm, pl, store
 from pallas_kernels._launch import power_of_two
-from pallas_kernels._tiles import LOG2_E
+from pallas_kernels._tiles import LOG2_E, along
 from pallas_kernels.linear_attention.launch import Tiling
 
 _LOWEST = -1024.0
@@ -291,7 +291,7 @@ def _weights(
     """Return the scaled products of the pairs of a chunk, and what is left of those seen."""
     pairs = mm(query, key, tb=True, precision=call.pairs, interpret=call.interpret)
     if extra is not None:
-        pairs += _along(extra, 1 if call.reverse else 0)
+        pairs += along(extra, 1 if call.reverse else 0)
     pairs = pairs * call.scale
     weights = pairs if chunk.between is None else pairs * chunk.between
     # A pair that is not seen may have any decay, even an infinite one.
@@ -352,7 +352,7 @@ def _decays(call: Call, ref: Any, at: Array, inside: Array) -> tuple[Array, Arra
     since = jnp.exp2(ahead[0] + ahead[1])
     until = jnp.exp2((total[0] - ahead[0]) + (total[1] - ahead[1]))
     late, early = (1, 0) if call.reverse else (0, 1)
-    coarse, fine = (_along(word, late) - _along(word, early) for word in ahead)
+    coarse, fine = (along(word, late) - along(word, early) for word in ahead)
     return since, until, jnp.exp2(total[0] + total[1]), jnp.exp2(coarse + fine)
 
 
@@ -360,7 +360,7 @@ def _order(call: Call, *, strict: bool) -> Array:
     """Return whether token (axis 1) is read by token (axis 0), for the order of tokens alone."""
     order = lax.iota(jnp.int32, call.chunk)
     late, early = (1, 0) if call.reverse else (0, 1)
-    before = _along(order, early) < _along(order, late)
+    before = along(order, early) < along(order, late)
     return before if strict else before | _same(call)
 
 
@@ -403,7 +403,3 @@ def _wide(x: Array) -> Array:
 def _column(factor: Array) -> Array:
     """Return a factor per token as [C, 1]."""
     return factor[:, None] if factor.ndim else factor
-
-
-def _along(values: Array, axis: int) -> Array:
-    return jnp.expand_dims(values, 1 - axis)
