@@ -373,7 +373,8 @@ class TwoMamba(Mixer):
 
     def _value_gate(self, x: Activations, row: Row) -> Array | None:
         if self.config.key_gate == "count_pow":
-            return self._count_power(row, -1.0)
+            power = self._count_power(row, -1.0)
+            return jnp.broadcast_to(power, (len(x), *power.shape[1:]))
         return None if self.key_gate is None else jax.nn.sigmoid(at_least_float32(self.key_gate(x)))
 
     def _count_power(self, row: Row, sign: float) -> Array:
