@@ -1,5 +1,6 @@
 """Set the platform up before JAX is imported, and check every annotated shape."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -23,6 +24,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.helpers.budget"]
+
+# Tracing makes many small objects. To look for garbage after every 700 of them, as Python does, is
+# a twelfth of the time of a test.
+gc.set_threshold(20_000, 50, 50)
 
 jax.config.update("jax_default_matmul_precision", "highest")
 install_import_hook(
