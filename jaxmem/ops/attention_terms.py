@@ -87,7 +87,9 @@ def softmax_weights(logits: Array, maximum: Array) -> Array:
     """Return e^(logits - maximum), at most 1; `maximum` is the largest logit or the log-sum-exp.
 
     Both may come from logits that were rounded otherwise, by a bit that a large scale makes large.
-    So the largest weight, and with it a sum of weights, may be below 1 too.
+    So the largest weight, and with it a sum of weights, may be below 1 too. Callers differentiate
+    the maximum like anything else: where `stop_gradient` hides it inside a scan, JAX 0.10 computes
+    wrong second derivatives.
     """
     return jnp.exp(_at_most_zero(logits - maximum))
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxmem.ops.attention_terms import kept, softmax_weights, visible
 from jaxmem.ops.linear_map import known_tangents
@@ -256,7 +256,7 @@ def _at_once(rule: Rule, operands: Operands) -> _Saved:
     """
     tile, scale, v = _whole(operands), operands.scale, operands.v
     logits, over = logits_of(rule, tile, scale)
-    row_max = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    row_max = jnp.max(logits, axis=-1, keepdims=True)
     # A row without visible keys has -inf here; exp(-inf - 0) is 0 where exp(-inf + inf) is NaN.
     weights = softmax_weights(logits, jnp.where(row_max == -jnp.inf, 0.0, row_max))
     total = jnp.sum(weights, axis=-1)

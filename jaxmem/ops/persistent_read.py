@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from jaxmem.errors import ShapeError
@@ -212,7 +212,7 @@ def _reference(operands: Operands, rate: float) -> Float[Array, "B T H V"]:
     for bank in range(keys.shape[0]):
         logits = jnp.einsum("bthk,hpk->bhtp", wide, keys[bank].astype(wide.dtype))
         logits = logits * scale[:, None, None]
-        row_max = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        row_max = jnp.max(logits, axis=-1, keepdims=True)
         weights = softmax_weights(logits, row_max)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights / jnp.where(total < 0.5, 1.0, total)

@@ -96,7 +96,7 @@ def _forward(rule: Rule, operands: Operands) -> _PerQuery:
     def block(_: None, inputs: tuple[Array, Array]) -> tuple[None, _PerQuery]:
         start, q = inputs
         logits = _logits(rule, operands, q)
-        row_max = lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+        row_max = jnp.max(logits, axis=1, keepdims=True)
         weights = softmax_weights(logits, row_max)
         total = jnp.sum(weights, axis=1, keepdims=True)
         total = jnp.where(total < 0.5, 1.0, total)
