@@ -1,14 +1,35 @@
-"""Attention and its gradients by their formulas, in float64."""
+"""Attention and its gradients by their formulas, in float64, and by each of its forms."""
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jaxmem.ops import attention_blocked, attention_xla
 from jaxmem.ops.attention import Dropout, attention_with_lse
 from pallas_kernels._dropout import dropout_seed, kept
+from pallas_kernels.pairs import PairTiles, Places
 from tests.helpers.compare import FORWARD, GRADIENT, Budget, assert_close
+
+PLAIN = ("at once", "blocked", "reference")
+"""Forms in plain JAX; `xla` stands for two of them, of short and of long rows."""
+FORMS = (*PLAIN, "pallas")
+TILES = PairTiles(
+    block_q=16,
+    block_k=16,
+    num_warps=4,
+    num_stages=2,
+    backward_q=16,
+    backward_k=16,
+    backward_warps=4,
+    backward_stages=2,
+)
+"""Small enough that few tokens make several tiles."""
 
 
 class Inputs(NamedTuple):
@@ -41,8 +62,9 @@ def inputs(
     *,
     gated: bool = False,
     value_gated: bool = False,
-    dtypes: Any = (jnp.float32,) * 2,
+    dtypes: Any = (np.float32,) * 2,
 ) -> Inputs:
+    """Return operands of order 1; `dtypes` are those of queries and keys, and of values."""
     keys = size.keys or size.length
     shapes = (
         (size.batch, size.length, size.heads, size.width),
@@ -51,14 +73,17 @@ def inputs(
         (size.batch, keys, size.heads),
         (size.batch, keys, size.heads),
     )
-    draw = [jax.random.normal(jax.random.key(n), s) for n, s in enumerate(shapes)]
+    q, k, v, forget, gate = (
+        np.random.default_rng(n).normal(size=shape).astype(np.float32)
+        for n, shape in enumerate(shapes)
+    )
     return Inputs(
-        draw[0].astype(dtypes[0]),
-        draw[1].astype(dtypes[0]),
-        draw[2].astype(dtypes[1]),
-        jnp.linspace(0.3, 1.2, size.heads),
-        -jax.nn.softplus(draw[3]) if gated else None,
-        draw[4] if value_gated else None,
+        q.astype(dtypes[0]),
+        k.astype(dtypes[0]),
+        v.astype(dtypes[1]),
+        np.linspace(0.3, 1.2, size.heads, dtype=np.float32),
+        -np.logaddexp(0, forget) if gated else None,
+        gate if value_gated else None,
     )
 
 
@@ -67,31 +92,33 @@ def with_whole_dots(args: Inputs, scale: float) -> Inputs:
 
     No q·k is large: `scale` times a few is what logits reach.
     """
-    q, k = (jnp.round(1.5 * a) for a in (args.q, args.k))
-    return args._replace(q=q, k=k, scale=jnp.full_like(args.scale, scale))
+    q, k = (np.round(1.5 * a) for a in (args.q, args.k))
+    return args._replace(q=q, k=k, scale=np.full_like(args.scale, scale))
 
 
 def rows_visible(
     size: Size, *, lag: int = 0, window: int | None = None, segments: Any = None
 ) -> np.ndarray:
-    """Return which queries of rows see which keys, by loops."""
-    seen = np.zeros((size.batch, size.length, size.length), bool)
-    for row, i, j in np.ndindex(seen.shape):
-        behind = i - j
-        near = lag <= behind and (window is None or behind < window)
-        names = (1, 1) if segments is None else (segments[row][i], segments[row][j])
-        seen[row, i, j] = near and names[0] == names[1] != 0
-    return seen
+    """Return which queries of rows see which keys."""
+    index = np.arange(size.length)
+    behind = index[:, None] - index
+    near = (lag <= behind) & (behind < (np.inf if window is None else window))
+    names = np.asarray(segments or np.ones((size.batch, size.length)))
+    same = names[:, :, None] == names[:, None, :]
+    return near & same & (names != 0)[:, None, :]
 
 
-def factors(size: Size, dropout: Dropout | None) -> np.ndarray | float:
+def factors(size: Size, dropout: Dropout) -> np.ndarray:
     """Return the dropout factors of all weights [B H T S]."""
-    if dropout is None:
-        return 1.0
-    low, high = dropout_seed(dropout.key)
     shape = (size.batch, size.heads, size.length, 1)
-    rows = jnp.arange(np.prod(shape)).reshape(shape)
-    return np.asarray(kept(low, high, rows, jnp.arange(size.keys or size.length), dropout.rate))
+    rows = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    keys = np.arange(size.keys or size.length, dtype=np.int32)
+    return np.asarray(_factors(dropout.key, rows, keys, dropout.rate))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _factors(key: jax.Array, rows: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    return kept(*dropout_seed(key), rows, keys, rate)
 
 
 def direct(
@@ -100,10 +127,12 @@ def direct(
     factor: np.ndarray | float = 1.0,
     clamp: float = np.inf,
     of_lse: bool = True,
+    slots: np.ndarray | None = None,
 ) -> tuple[Outputs, Inputs]:
     """Return outputs, and gradients of Σ cos(n) y_n + Σ sin(n) lse_n over finite ones.
 
-    Without `of_lse` the second sum is left out.
+    Without `of_lse` the second sum is left out. `slots` [B T] are the places of queries among the
+    gates; without them there is a query per gate.
     """
     q, k, v, scale, gates, value_gate = (
         None if a is None else np.asarray(a, np.float64) for a in args
@@ -114,8 +143,11 @@ def direct(
     scaled = dots * scale[:, None, None]
     logits = np.minimum(scaled, clamp)
     if gates is not None:
-        sums = np.moveaxis(np.cumsum(gates, axis=1), 1, 2)
-        logits = logits + sums[..., None] - sums[..., None, :]
+        row = np.arange(len(q))[:, None]
+        slots = np.broadcast_to(np.arange(q.shape[1]), q.shape[:2]) if slots is None else slots
+        sums = np.cumsum(gates, axis=1)
+        at_queries, at_keys = (np.moveaxis(a, 1, 2) for a in (sums[row, slots], sums))
+        logits = logits + at_queries[..., None] - at_keys[..., None, :]
     seen = visible[:, None]
     logits = np.where(seen, logits, -np.inf)
     empty = ~np.broadcast_to(seen.any(-1), logits.shape[:3])
@@ -139,7 +171,8 @@ def direct(
 
     forget = None
     if gates is not None:
-        of_sums = np.moveaxis(logit_grad.sum(3) - logit_grad.sum(2), 1, 2)
+        of_sums = -np.moveaxis(logit_grad.sum(2), 1, 2)
+        np.add.at(of_sums, (row, slots), np.moveaxis(logit_grad.sum(3), 1, 2))
         forget = np.flip(np.cumsum(np.flip(of_sums, 1), axis=1), 1)
     of_gate = None
     if value_gate is not None:
@@ -155,21 +188,76 @@ def direct(
     )
 
 
-def run(args: Inputs, **options: Any) -> tuple[Outputs, Inputs]:
-    """Return the outputs and gradients of the op, as `direct` does."""
+@contextlib.contextmanager
+def forced(form: str) -> Iterator[dict[str, Any]]:
+    """Yield what to ask for a form by, which what is traced meanwhile takes."""
+    if form == "pallas":
+        yield {"implementation": "pallas", "config": TILES}
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_xla, "fits_at_once", lambda q, k: form == "at once")
+        patch.setattr(attention_blocked, "block_of", lambda n: min(n, 4 if n < 32 else 16))
+        yield {"implementation": "reference" if form == "reference" else "xla"}
 
-    def both(args: Inputs) -> Any:
+
+def value_and_grads(read: Callable[..., Outputs]) -> Callable[..., tuple[Outputs, Inputs]]:
+    """Return what `direct` returns as a function of (arguments, weight of the log-sum-exp, ...).
+
+    `read` is a function of (arguments, ...).
+    """
+
+    def both(args: Inputs, of_lse: Any, *data: Any) -> tuple[Outputs, Inputs]:
         def scalar(args: Inputs) -> tuple[jax.Array, Outputs]:
-            y, lse = attention_with_lse(**args._asdict(), **options)
+            y, lse = read(args, *data)
             wide = y.astype(lse.dtype).ravel()
             total = jnp.sum(wide * jnp.cos(jnp.arange(y.size)))
             finite = jnp.where(lse == -jnp.inf, 0.0, lse).ravel()
-            return total + jnp.sum(finite * jnp.sin(jnp.arange(lse.size))), Outputs(y, lse)
+            of_lses = jnp.sum(finite * jnp.sin(jnp.arange(lse.size)))
+            return total + of_lse * of_lses, Outputs(y, lse)
 
-        return jax.value_and_grad(scalar, has_aux=True)(args)
+        (_, outputs), grads = jax.value_and_grad(scalar, has_aux=True)(args)
+        return outputs, grads
 
-    (_, outputs), grads = jax.jit(both)(args)
-    return outputs, grads
+    return both
+
+
+@functools.cache
+def _program(form: str, rate: float | None, options: tuple[tuple[str, Any], ...]) -> Callable:
+    """Return one jitted function for all calls that agree in what is static."""
+
+    def both(args: Inputs, of_lse: Any, key: Any, data: dict[str, Any]) -> tuple[Outputs, Inputs]:
+        dropout = None if rate is None else Dropout(rate, key)
+        with forced(form) as named:
+            given = {**named, **dict(options), "dropout": dropout}
+            return value_and_grads(functools.partial(read, **given))(args, of_lse, data)
+
+    return jax.jit(both)
+
+
+def read(args: Inputs, data: dict[str, Any], **options: Any) -> Outputs:
+    """Call the op with arguments, other arrays, and what is static."""
+    return Outputs(*attention_with_lse(**args._asdict(), **data, **options))
+
+
+def run(
+    args: Inputs,
+    form: str,
+    *,
+    lag: int = 0,
+    segment_ids: Any = None,
+    places: Places | None = None,
+    dropout: Dropout | None = None,
+    of_lse: bool = True,
+    **options: Any,
+) -> tuple[Outputs, Inputs]:
+    """Return the outputs and gradients of a form of the op as `direct` does, in NumPy.
+
+    Calls of the same shapes and `options` run the same program.
+    """
+    rate, key = (None, None) if dropout is None else dropout
+    program = _program(form, rate, tuple(sorted({"lag": lag, **options}.items())))
+    data = {"segment_ids": segment_ids, "places": places}
+    return jax.tree.map(np.asarray, program(args, np.float32(of_lse), key, data))
 
 
 def check(

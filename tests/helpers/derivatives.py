@@ -16,10 +16,11 @@ def derivatives(function: Callable[..., Any], *operands: jax.Array) -> dict[str,
     numbers = tuple(range(len(operands)))
     direction = tuple(jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) for a in operands)
 
+    @jax.jit  # what all modes read is traced once
     def scalar(*operands: jax.Array) -> Any:
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(function(*operands)))
 
-    grad = jax.grad(scalar, numbers)
+    grad = jax.jit(jax.grad(scalar, numbers))
 
     def along(*operands: jax.Array) -> Any:
         return jax.jvp(scalar, operands, direction)[1]

@@ -1,12 +1,12 @@
 """Leaky averages in float64, by their closed form and by plain loops, and inputs for them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmem.ops.leaky_average import LeakyState
+from jaxmem.ops.leaky_average import LeakyOutput, LeakyState, leaky_average
 
 LENGTH, CHUNK = 37, 16
 LAYOUTS = {
@@ -108,6 +108,83 @@ def direct_gradients(
     return DirectGradients(dx, drate, dstart)
 
 
+class Documents(NamedTuple):
+    """Which document each token is of, and which the state is of."""
+
+    ids: np.ndarray
+    initial: np.ndarray
+
+
+def first_documents(ids: np.ndarray) -> np.ndarray:
+    """Return the first document of each row, which a state is of unless a call says otherwise."""
+    return np.array([next((i for i in row if i), 0) for row in ids], np.int32)
+
+
+def documents_at(cut: int, initial: np.ndarray) -> tuple[Documents, Documents]:
+    """Return the tokens of `IDS` before a cut and after it; the others count as padding."""
+    before = np.arange(IDS.shape[1]) < cut
+    rows = zip(IDS, initial, strict=True)
+    known = [next((i for i in row[:cut][::-1] if i), first) for row, first in rows]
+    early = Documents(np.where(before, IDS, 0), initial)
+    return early, Documents(np.where(before, 0, IDS), np.array(known, np.int32))
+
+
+def exact(
+    x: np.ndarray,
+    rate: np.ndarray,
+    state: LeakyState,
+    weights: LeakyOutput,
+    *,
+    scaling: str = "sum",
+    documents: Documents | None = None,
+) -> tuple[LeakyOutput, tuple[np.ndarray, np.ndarray, LeakyState]]:
+    """Return outputs and the gradients of their weighted sum by x, rate and state, float64."""
+    ids, initial = documents or (np.ones(x.shape[:2], int), None)
+    packed: dict[str, Any] = {"ids": ids, "initial": initial}
+    real = (np.asarray(ids) != 0)[:, :, None, None]
+    rate = np.minimum(rate, 1e30).astype(np.float64)  # 0 * inf would be NaN
+    g, after = np.where(real, weights.y, 0.0), weights.state
+    total = np.asarray(state.total, np.float64)
+    sums = direct(x, rate, total, total[..., :1], **packed)
+    if scaling != "normalised":
+        factor = np.ones_like(rate) if scaling == "sum" else -np.expm1(-rate)
+        slope = np.zeros_like(rate) if scaling == "sum" else np.exp(-rate)
+        dx, drate, dtotal = direct_gradients(
+            x, rate, total, factor[:, None] * g, after.total, **packed
+        )
+        drate = drate + slope * np.einsum("bthk,bthk->h", g, sums.y)
+        out = LeakyOutput(factor[:, None] * sums.y, LeakyState(sums.total, None))
+        return out, (dx, drate, LeakyState(dtotal, None))
+    ones, start = np.ones((*x.shape[:3], 1)), np.asarray(state.weight, np.float64)
+    counts = direct(ones, rate, start, start, **packed)
+    share = np.where(real, 1 / np.where(real, counts.y, 1.0), 0.0)
+    y = share * sums.y
+    dx, drate, dtotal = direct_gradients(x, rate, total, share * g, after.total, **packed)
+    by_count = -share * np.sum(g * y, axis=3, keepdims=True)
+    _, drate_too, dweight = direct_gradients(ones, rate, start, by_count, after.weight, **packed)
+    out = LeakyOutput(y, LeakyState(sums.total, counts.total))
+    return out, (dx, drate + drate_too, LeakyState(dtotal, dweight))
+
+
+def with_gradients(**options: Any) -> Callable[..., Any]:
+    """Compile outputs, and gradients of their weighted sum by x, rate and state.
+
+    The documents, which may be None, and the weights are data too.
+    """
+
+    def run(x: Any, rate: Any, state: Any, documents: Any, weights: Any) -> Any:
+        ids, initial = documents or (None, None)
+
+        def call(x: jax.Array, rate: jax.Array, state: LeakyState) -> LeakyOutput:
+            packed = {"segment_ids": ids, "initial_segment": initial}
+            return leaky_average(x, rate, initial_state=state, **packed, **options)
+
+        out, pull = jax.vjp(call, x, rate, state)
+        return out, pull(jax.tree.map(lambda g, a: g.astype(a.dtype), weights, out))
+
+    return jax.jit(run)
+
+
 def inputs(batch: int, length: int, heads: int = 3, width: int = 2) -> tuple[np.ndarray, ...]:
     """Return x and the total and weight of a state, as float32."""
     draw = np.random.default_rng(length + 100 * batch)
@@ -121,6 +198,11 @@ def state_of(total: Any, weight: Any, scaling: str) -> LeakyState:
     return LeakyState(total, weight if scaling == "normalised" else None)
 
 
-def functional(y: jax.Array) -> jax.Array:
+def waves(array: Any) -> np.ndarray:
     """Weigh the entries of an array differently, so that no error cancels in the sum."""
-    return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+    return np.cos(np.arange(array.size)).reshape(array.shape).astype(np.float32)
+
+
+def weights_of(x: np.ndarray, state: LeakyState) -> LeakyOutput:
+    """Weigh all outputs of a call."""
+    return jax.tree.map(waves, LeakyOutput(x, state))

@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxmem
 
-SIZES = {"B": 2, "T": 5, "S": 5, "H": 2, "K": 4, "V": 3, "D": 6, "R": 2, "P": 7, "N": 3}
+SIZES = {"B": 2, "T": 17, "S": 17, "H": 2, "K": 4, "V": 3, "D": 6, "R": 2, "P": 7, "N": 3}
 LONG = {**SIZES, "T": 150, "S": 150, "H": 1}
 
 
@@ -36,14 +36,18 @@ class Call(NamedTuple):
         for name, shape in self.shapes(self.sizes).items():
             values = draw.normal(size=shape)
             negative = self.axes[name].startswith("-")
-            made[name] = jnp.asarray(-np.abs(values) if negative else values, jnp.float32)
+            made[name] = jnp.asarray(np.float32(-np.abs(values) if negative else values))
         return made
 
 
 def _packed(x: jax.Array) -> jax.Array:
-    """Return documents of rows: two of them, and padding at the end."""
-    index = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return jnp.where(index < 2, 1, jnp.where(index < 4, 2, 0))
+    """Return documents of rows: of two, the first with padding before and inside, then padding.
+
+    Each row begins a token later, so that the first has 0 1 1 0 1 2 2 2 0 0 0 and so on.
+    """
+    place = jnp.arange(x.shape[0])[:, None] + jnp.arange(x.shape[1])
+    padding = (place == 0) | (place == 3) | (place > 7)
+    return jnp.where(padding, 0, jnp.where(place < 5, 1, 2))
 
 
 def _leaky(x: Any, rate: Any, total: Any, weight: Any, **options: Any) -> Any:

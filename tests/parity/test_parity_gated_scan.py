@@ -1,5 +1,10 @@
-"""Every form of the gated scan against float64 loops; kernels are interpreted."""
+"""Every form of the gated scan against float64 loops; kernels are interpreted.
 
+A form is compiled once for each set of shapes: all else, documents too, is data.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +15,12 @@ import pytest
 
 from jaxmem.errors import KernelUnsupported, ShapeError
 from jaxmem.ops import gated_scan as op
-from jaxmem.ops.gated_scan import gated_scan
+from jaxmem.ops.gated_scan import GatedScanOutput, gated_scan
 from pallas_kernels._compat import make_mesh
 from pallas_kernels.gated_scan import GatedScanConfig
 from pallas_kernels.gated_scan.launch import layout
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
-from tests.helpers.leaky_average import IDS, LENGTH
+from tests.helpers.leaky_average import IDS, LENGTH, Documents, documents_at, first_documents
 from tests.helpers.off_cpu import elsewhere_only
 
 WHOLE = GatedScanConfig(rows=4, block=64)
@@ -43,10 +48,10 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of each form; the tree is what runs off the CPU."""
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of each form; the tree is what runs off the CPU."""
     use(request.param, monkeypatch)
-    return FORMS[request.param]
+    return request.param
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,22 +67,20 @@ def inputs(batch: int, length: int, width: int = 3) -> Inputs:
     return Inputs(*(a.astype(np.float32) for a in (x, log_decay, start)))
 
 
-def weights_of(array: Any) -> np.ndarray:
+def waves(array: Any) -> np.ndarray:
     return np.cos(np.arange(array.size)).reshape(array.shape).astype(np.float32)
 
 
-def direct(args: Inputs, ids: Any = None, initial: Any = None) -> Result:
+def direct(args: Inputs, documents: Documents | None = None) -> Result:
     """Run the recurrence and its adjoint over the real tokens of every row, in float64."""
+    ids, initial = documents or (np.ones(args.x.shape[:2], int), np.ones(len(args.x), int))
     x, log_decay, start = (np.asarray(a, np.float64) for a in args)
-    gates, g, g_final = np.exp(log_decay), weights_of(x), weights_of(start)
+    gates, g, g_final = np.exp(log_decay), waves(x), waves(start)
     h, final = np.zeros_like(x), start.copy()
     grads = Inputs(np.zeros_like(x), np.zeros_like(x), np.zeros_like(start))
     for row in range(len(x)):
-        names = np.ones(x.shape[1], int) if ids is None else ids[row]
+        names, document, before = ids[row], initial[row], []
         real = np.flatnonzero(names)
-        document = names[real[0]] if initial is None and len(real) else 0
-        document = document if initial is None else initial[row]
-        before = []
         for t in real:
             continues, document = names[t] == document, names[t]
             before.append((final[row].copy(), continues))
@@ -92,26 +95,34 @@ def direct(args: Inputs, ids: Any = None, initial: Any = None) -> Result:
     return Result(h, final, grads)
 
 
-def run(args: Inputs, options: dict[str, Any]) -> Result:
-    @jax.jit
-    def both(args: Inputs) -> Any:
-        def scalar(args: Inputs) -> tuple[jax.Array, Any]:
-            h, final = gated_scan(args.x, args.log_decay, initial_state=args.start, **options)
-            value = jnp.sum(h.astype(jnp.float32) * weights_of(h))
-            return value + jnp.sum(final * weights_of(final)), (h, final)
+@functools.cache
+def compiled(name: str) -> Callable[..., Any]:
+    """Return outputs and gradients of their weighted sum; documents and weights are data too."""
 
-        return jax.value_and_grad(scalar, has_aux=True)(args)
+    def run(args: Inputs, documents: Documents | None, weights: tuple[Any, Any]) -> Any:
+        ids, initial = documents or (None, None)
+        packed = {"segment_ids": ids, "initial_segment": initial}
 
-    (_, out), grads = both(args)
-    return Result(*out, grads)
+        def call(args: Inputs) -> GatedScanOutput:
+            x, log_decay, start = args
+            return gated_scan(x, log_decay, initial_state=start, **packed, **FORMS[name])
+
+        out, pull = jax.vjp(call, args)
+        weights = jax.tree.map(lambda g, a: g.astype(a.dtype), GatedScanOutput(*weights), out)
+        return Result(*out, *pull(weights))
+
+    return jax.jit(run)
+
+
+def run(name: str, args: Inputs, documents: Documents | None = None) -> Result:
+    return compiled(name)(args, documents, (waves(args.x), waves(args.start)))
 
 
 @pytest.mark.parametrize(
     ("length", "width", "name"),
     [
-        (1, 16, "whole"),
-        (3, 40, "whole"),
-        (4, 70, "whole"),
+        (1, 70, "whole"),  # two blocks of channels
+        (24, 16, "whole"),
         (17, 1, "split"),
         (23, 40, "split"),
         (1, 3, "steps"),
@@ -124,7 +135,7 @@ def run(args: Inputs, options: dict[str, Any]) -> Result:
 def test_lengths_and_widths(length: int, width: int, name: str, monkeypatch: pytest.MonkeyPatch):
     use(name, monkeypatch)
     args = inputs(2, length, width)
-    assert_close(run(args, FORMS[name]), direct(args), GRADIENT)
+    assert_close(run(name, args), direct(args), GRADIENT)
 
 
 def test_time_is_split():
@@ -134,34 +145,34 @@ def test_time_is_split():
     assert layout(GatedScanConfig(), (64, 2048, 1024)).splits == 1
 
 
-@pytest.mark.parametrize("history", ["first document", "another"])
-def test_segments(form: dict[str, Any], history: str):
+FIRST = Documents(IDS, first_documents(IDS))
+ANOTHER = Documents(IDS, np.array([9, 5, 2, 3, 3, 9], np.int32))
+
+
+@pytest.mark.parametrize("documents", [FIRST, ANOTHER], ids=["first document", "another"])
+def test_segments(form: str, documents: Documents):
     args = inputs(len(IDS), LENGTH)
-    initial = None if history == "first document" else np.array([9, 5, 2, 3, 3, 9], np.int32)
-    given = {
-        "segment_ids": jnp.asarray(IDS),
-        "initial_segment": None if initial is None else jnp.asarray(initial),
-    }
-    result = run(args, {**form, **given})
-    assert_close(result, direct(args, IDS, initial), GRADIENT)
+    result = run(form, args, documents)
+    assert_close(result, direct(args, documents), GRADIENT)
     for leaf in (result.h, result.grads.x, result.grads.log_decay):
         np.testing.assert_array_equal(np.asarray(leaf)[IDS == 0], 0.0)
     np.testing.assert_array_equal(result.final[-1], args.start[-1])  # the row of padding
 
 
-def test_nothing_in_padding_reaches_real_tokens(form: dict[str, Any]):
+def test_nothing_in_padding_reaches_real_tokens(form: str):
     args = inputs(len(IDS), LENGTH)
-    empty = (IDS == 0)[..., None]
+    padding = (IDS == 0)[..., None]
     nan = args._replace(
-        x=np.where(empty, np.nan, args.x), log_decay=np.where(empty, np.nan, args.log_decay)
+        x=np.where(padding, np.float32(np.nan), args.x),
+        log_decay=np.where(padding, np.float32(np.nan), args.log_decay),
     )
-    options = {**form, "segment_ids": jnp.asarray(IDS)}
-    assert_close(run(nan, options), direct(args, IDS), GRADIENT)
+    assert_close(run(form, nan, FIRST), direct(args, FIRST), GRADIENT)
 
 
-def test_extreme_gates(form: dict[str, Any]):
+def test_extreme_gates(form: str):
     """Nothing forgotten, everything forgotten, and gates that no float32 exponential can tell."""
-    args = inputs(2, 19)
+    length, width = {"whole": (24, 16), "split": (23, 40)}.get(form, (23, 3))
+    args = inputs(2, length, width)
     log_decay = np.array(args.log_decay)
     log_decay[0, :, 0] = 0.0
     log_decay[0, 3::4, 1] = -np.inf
@@ -170,30 +181,38 @@ def test_extreme_gates(form: dict[str, Any]):
     log_decay[1, 4::6, 1] = -3.4e38
     log_decay[1, :, 2] = -1e-8
     args = args._replace(log_decay=log_decay)
-    result = run(args, form)
+    result = run(form, args)
     assert_close(result, direct(args), GRADIENT)
     np.testing.assert_array_equal(np.asarray(result.grads.log_decay)[0, 3::4, 1], 0.0)
 
 
-def test_two_halves_make_the_whole(form: dict[str, Any]):
-    x, log_decay, start = (jnp.asarray(a) for a in inputs(2, 19))
-
-    @jax.jit
-    def both(x: jax.Array, log_decay: jax.Array) -> Any:
-        head, state = gated_scan(x[:, :7], log_decay[:, :7], initial_state=start, **form)
-        tail, state = gated_scan(x[:, 7:], log_decay[:, 7:], initial_state=state, **form)
-        whole = gated_scan(x, log_decay, initial_state=start, **form)
-        return (jnp.concatenate([head, tail], axis=1), state), tuple(whole)
-
-    parts, whole = both(x, log_decay)
-    assert_close(parts, whole, FORWARD)
+def test_two_halves_make_the_whole(form: str):
+    """Each half is padding in the call of the other."""
+    args = inputs(len(IDS), LENGTH)
+    early, late = documents_at(17, ANOTHER.initial)
+    head = run(form, args, early)
+    tail = run(form, args._replace(start=head.final), late)
+    whole = run(form, args, ANOTHER)
+    assert_close((head.h + tail.h, tail.final), (whole.h, whole.final), FORWARD)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_inputs_keep_a_float32_state(form: dict[str, Any], dtype: Any):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("whole", jnp.bfloat16),
+        ("split", jnp.float16),
+        ("steps", jnp.bfloat16),
+        ("tree", jnp.float16),
+        ("reference", jnp.bfloat16),
+    ],
+)
+def test_half_precision_inputs_keep_a_float32_state(
+    name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+):
+    use(name, monkeypatch)
     args = inputs(2, 19)
-    args = args._replace(x=jnp.asarray(args.x, dtype))
-    result = run(args, form)
+    args = args._replace(x=args.x.astype(dtype))
+    result = run(name, args)
     expected = direct(args)
     assert (result.h.dtype, result.final.dtype) == (dtype, np.float32)
     assert (result.grads.x.dtype, result.grads.log_decay.dtype) == (dtype, np.float32)
@@ -201,10 +220,10 @@ def test_half_precision_inputs_keep_a_float32_state(form: dict[str, Any], dtype:
     assert_close(result, expected, BFLOAT16)
 
 
-ARGS = Inputs(*(jnp.asarray(a) for a in inputs(2, 9)))
+ARGS = inputs(2, 9)
 
 
-def loss(x: Any, log_decay: Any = ARGS.log_decay, implementation: str = "pallas") -> jax.Array:
+def loss(x: Any, log_decay: Any, implementation: str = "pallas") -> jax.Array:
     config = SPLIT if implementation == "pallas" else None
     h, final = gated_scan(x, log_decay, implementation=implementation, config=config)
     return jnp.sum(jnp.sin(h)) + jnp.sum(jnp.cos(final))
@@ -226,7 +245,7 @@ def test_transformations():
         return total + jnp.sum(values**2)
 
     x = ARGS.x
-    xs = jnp.stack([x, 2 * x, x - 1, -x]).reshape(2, 2, *x.shape)
+    xs = np.stack([x, 2 * x, x - 1, -x]).reshape(2, 2, *x.shape)
     grad = jax.jit(jax.value_and_grad(transformed, argnums=(0, 1)), static_argnums=2)
     results = [grad(xs, ARGS.log_decay, name) for name in ("pallas", "xla")]
     assert_close(results[0], results[1], GRADIENT)
@@ -235,46 +254,43 @@ def test_transformations():
 def test_shard_map():
     mesh = make_mesh((2,), ("batch",), jax.devices()[:2])
     part = jax.sharding.PartitionSpec("batch")
-
-    def grads(x: jax.Array, log_decay: jax.Array) -> jax.Array:
-        return jax.grad(loss)(x, log_decay)
-
     sharded = jax.shard_map(
-        grads, mesh=mesh, in_specs=(part, part), out_specs=part, check_vma=False
+        jax.grad(loss), mesh=mesh, in_specs=(part, part), out_specs=part, check_vma=False
     )
-    args = (ARGS.x, ARGS.log_decay)
-    assert_close(jax.jit(sharded)(*args), jax.jit(grads)(*args), FORWARD)
+    found, expected = (jax.jit(run)(ARGS.x, ARGS.log_decay) for run in (sharded, jax.grad(loss)))
+    assert_close(found, expected, FORWARD)
 
 
-def test_second_derivatives():
-    def twice(x: jax.Array, implementation: str) -> jax.Array:
-        grad = jax.grad(loss)(x, implementation=implementation)
-        return jnp.sum(grad**2)
+def test_second_derivatives_of_a_kernel_are_refused():
+    def once(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.grad(loss)(x, jnp.asarray(ARGS.log_decay)) ** 2)
 
-    got, want = (
-        jax.jit(jax.grad(twice), static_argnums=1)(ARGS.x, f) for f in ("xla", "reference")
-    )
-    assert_close(got, want, GRADIENT)
     with pytest.raises(KernelUnsupported, match=r"first derivatives only.*implementation='xla'"):
-        jax.grad(twice)(ARGS.x, "pallas")
+        jax.eval_shape(jax.grad(once), ARGS.x)
 
 
 def test_a_kernel_refuses_a_block_that_is_no_power_of_two():
+    run = functools.partial(gated_scan, implementation="pallas", config=GatedScanConfig(block=48))
     with pytest.raises(KernelUnsupported, match="block=48, which is no power of two"):
-        gated_scan(*ARGS[:2], implementation="pallas", config=GatedScanConfig(block=48))
+        jax.eval_shape(run, *ARGS[:2])
 
 
 def test_no_float64_kernel():
+    run, x = functools.partial(gated_scan, implementation="pallas"), np.zeros((1, 4, 2))
     with jax.enable_x64(True), pytest.raises(KernelUnsupported, match="float32, not float64"):
-        gated_scan(jnp.zeros((1, 4, 2), jnp.float64), jnp.zeros((1, 4, 2)), implementation="pallas")
+        jax.eval_shape(run, x, np.float32(x))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)])
 def test_no_row_and_no_token(shape: tuple[int, ...]):
-    x, start = jnp.zeros(shape), jnp.ones((shape[0], 2))
-    ids = jnp.ones(shape[:2], jnp.int32)
-    for name in ("xla", "reference", "pallas"):
-        out = gated_scan(x, x, initial_state=start, segment_ids=ids, implementation=name)
+    x, start = np.zeros(shape, np.float32), np.ones((shape[0], 2), np.float32)
+
+    @jax.jit
+    def run(x: Any, start: Any, ids: Any) -> list[GatedScanOutput]:
+        call = functools.partial(gated_scan, x, x, initial_state=start, segment_ids=ids)
+        return [call(implementation=name) for name in ("xla", "reference", "pallas")]
+
+    for out in run(x, start, np.ones(shape[:2], np.int32)):
         assert out.h.shape == shape
         np.testing.assert_array_equal(out.state, start)
 
@@ -289,6 +305,6 @@ def test_no_row_and_no_token(shape: tuple[int, ...]):
 )
 def test_shapes(shapes: Any, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    x, log_decay, start = (jnp.zeros(shape) for shape in shapes)
+    x, log_decay, start = (np.zeros(shape, np.float32) for shape in shapes)
     with pytest.raises(ShapeError, match=message):
-        gated_scan(x, log_decay, initial_state=start)
+        jax.eval_shape(lambda *a: gated_scan(*a[:2], initial_state=a[2]), x, log_decay, start)

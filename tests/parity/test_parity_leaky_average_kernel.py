@@ -1,6 +1,11 @@
-"""The kernels of the leaky average, interpreted, and its CPU form against float64 loops."""
+"""The kernels of the leaky average, interpreted, and its CPU form against float64 loops.
 
-from typing import Any, NamedTuple
+A form is compiled once for each scaling and set of shapes: all else, documents too, is data.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,19 @@ from pallas_kernels._compat import make_mesh
 from pallas_kernels.leaky_average import LeakyAverageConfig
 from pallas_kernels.leaky_average.launch import layout
 from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close, rms_error
-from tests.helpers.leaky_average import IDS, LENGTH, direct, direct_gradients, inputs, state_of
+from tests.helpers.leaky_average import (
+    IDS,
+    LENGTH,
+    Documents,
+    documents_at,
+    exact,
+    first_documents,
+    inputs,
+    state_of,
+    waves,
+    weights_of,
+    with_gradients,
+)
 
 RATES = np.array([0.02, 0.7, 4.0], np.float32)
 WHOLE = LeakyAverageConfig(chunk=16, block=64)
@@ -24,73 +41,44 @@ FORMS: dict[str, dict[str, Any]] = {
     "whole": {"implementation": "pallas", "config": WHOLE},
     "split": {"implementation": "pallas", "config": SPLIT},
     "steps": {"implementation": "xla"},
+    "default": {"implementation": "pallas"},
 }
+ANOTHER = np.array([9, 5, 2, 3, 3, 9], np.int32)
 
 
-class Result(NamedTuple):
-    y: jax.Array
-    total: jax.Array
-    grads: tuple[jax.Array, jax.Array, jax.Array]
+@functools.cache
+def compiled(form: str, scaling: str) -> Callable[..., Any]:
+    return with_gradients(scaling=scaling, **FORMS[form])
 
 
-def weights_of(array: Any) -> np.ndarray:
-    return np.cos(np.arange(array.size)).reshape(array.shape).astype(np.float32)
-
-
-def run(x: Any, rate: Any, start: Any, **options: Any) -> Result:
-    """Return outputs and gradients of a weighted sum of them."""
-
-    @jax.jit
-    def both(x: jax.Array, rate: jax.Array, start: jax.Array) -> Any:
-        def scalar(x: jax.Array, rate: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-            y, state = leaky_average(x, rate, initial_state=LeakyState(start, None), **options)
-            value = jnp.sum(y.astype(jnp.float32) * weights_of(y))
-            return value + jnp.sum(state.total * weights_of(start)), (y, state.total)
-
-        return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(x, rate, start)
-
-    (_, out), grads = both(x, rate, start)
-    return Result(*out, grads)
-
-
-def check(x: Any, start: Any, ids: Any = None, initial: Any = None, **options: Any) -> Result:
-    given = {
-        "segment_ids": None if ids is None else jnp.asarray(ids),
-        "initial_segment": None if initial is None else jnp.asarray(initial),
-    }
-    result = run(x, RATES, start, **given, **options)
-    expected = direct(x, RATES, start, start[..., :1], ids=ids, initial=initial)
-    assert_close((result.y, result.total), (expected.y, expected.total), FORWARD)
-    grads = direct_gradients(
-        x, RATES, start, weights_of(x), weights_of(start), ids=ids, initial=initial
-    )
-    assert_close(result.grads, tuple(grads), GRADIENT)
-    return result
+def check(
+    form: str, x: Any, state: LeakyState, documents: Any = None, *, scaling: str = "sum"
+) -> Any:
+    """Compare outputs and gradients with exact ones."""
+    weights = weights_of(x, state)
+    found = compiled(form, scaling)(x, RATES, state, documents, weights)
+    expected = exact(x, RATES, state, weights, scaling=scaling, documents=documents)
+    assert_close(found[0], expected[0], FORWARD)
+    assert_close(found[1], expected[1], GRADIENT)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("length", "width", "form"),
+    ("length", "width", "form", "scaling"),
     [
-        (1, 16, "whole"),
-        (15, 40, "whole"),
-        (16, 1, "whole"),
-        (17, 80, "whole"),
-        (31, 16, "split"),
-        (32, 16, "split"),
-        (69, 40, "split"),
-        (1, 2, "steps"),
-        (17, 2, "steps"),
+        (1, 16, "whole", "sum"),
+        (16, 1, "whole", "scaled"),
+        (37, 80, "whole", "sum"),  # two blocks of channels, the last chunk and block partly filled
+        (32, 16, "split", "sum"),
+        (69, 40, "split", "sum"),
+        (1, 2, "steps", "sum"),
+        (17, 2, "steps", "sum"),
+        (40, 128, "default", "sum"),  # the shipped tiles: two blocks of channels and two chunks
     ],
 )
-def test_lengths_and_widths(length: int, width: int, form: str):
+def test_lengths_and_widths(length: int, width: int, form: str, scaling: str):
     x, start, _ = inputs(2, length, width=width)
-    check(x, start, **FORMS[form])
-
-
-def test_default_tiles():
-    """The shipped tiles: two blocks of channels, and two chunks, the last one partly filled."""
-    x, start, _ = inputs(1, 40, width=128)
-    check(x, start, implementation="pallas")
+    check(form, x, LeakyState(start, None), scaling=scaling)
 
 
 def test_time_is_split():
@@ -100,105 +88,109 @@ def test_time_is_split():
     assert layout(LeakyAverageConfig(), (32, 2048, 16, 64)).splits == 1
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("history", ["first document", "another"])
-def test_segments(form: str, history: str):
+@pytest.mark.parametrize("form", ["whole", "split", "steps"])
+@pytest.mark.parametrize("initial", [first_documents(IDS), ANOTHER], ids=["first", "another"])
+def test_segments(initial: np.ndarray, form: str):
     x, start, _ = inputs(len(IDS), LENGTH)
-    initial = None if history == "first document" else np.array([9, 5, 2, 3, 3, 9], np.int32)
-    result = check(x, start, IDS, initial, **FORMS[form])
-    np.testing.assert_array_equal(np.asarray(result.y)[IDS == 0], 0.0)
-    np.testing.assert_array_equal(np.asarray(result.grads[0])[IDS == 0], 0.0)
-    np.testing.assert_array_equal(result.total[-1], start[-1])  # the row of padding
+    (y, state), (x_grad, _, _) = check(form, x, LeakyState(start, None), Documents(IDS, initial))
+    np.testing.assert_array_equal(np.asarray(y)[IDS == 0], 0.0)
+    np.testing.assert_array_equal(np.asarray(x_grad)[IDS == 0], 0.0)
+    np.testing.assert_array_equal(state.total[-1], start[-1])  # the row of padding
 
 
-@pytest.mark.parametrize("scaling", ["scaled", "normalised"])
-def test_scalings(scaling: str):
-    x, start, weight = inputs(2, LENGTH)
-    ids = jnp.asarray(IDS[2:4])
-
-    def call(implementation: str, x: jax.Array, rate: jax.Array, state: LeakyState) -> Any:
-        def scalar(*args: Any) -> tuple[jax.Array, Any]:
-            x, rate, state = args
-            y, after = leaky_average(
-                x,
-                rate,
-                scaling=scaling,
-                initial_state=state,
-                segment_ids=ids,
-                implementation=implementation,
-                config=SPLIT,
-            )
-            return jnp.sum(y * weights_of(y)), (y, after)
-
-        return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(x, rate, state)
-
-    args = (x, RATES, state_of(start, weight, scaling))
-    got, want = jax.jit(lambda *args: [call(form, *args) for form in ("pallas", "reference")])(
-        *args
-    )
-    assert_close(got[0][1], want[0][1], FORWARD)
-    assert_close(got[1], want[1], GRADIENT)
+def test_a_normalised_average_of_packed_rows():
+    x, start, weight = inputs(len(IDS), LENGTH)
+    check("split", x, LeakyState(start, weight), Documents(IDS, ANOTHER), scaling="normalised")
 
 
-def test_two_halves_make_the_whole():
+ONE = np.ones_like(IDS)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "form", "shape", "documents"),
+    [
+        ("sum", "split", (*IDS.shape, 3, 2), Documents(ONE, ONE[:, 0])),
+        ("normalised", "split", (*IDS.shape, 3, 2), Documents(ONE, ONE[:, 0])),
+        ("scaled", "whole", (2, 16, 3, 1), None),
+    ],
+)
+def test_an_infinite_rate_forgets_all_in_one_step(
+    scaling: str, form: str, shape: tuple[int, ...], documents: Documents | None
+):
+    batch, length, heads, width = shape
+    x, start, weight = inputs(batch, length, heads, width)
+    state, rate = state_of(start, weight, scaling), np.full(heads, np.inf, np.float32)
+    run, weights = compiled(form, scaling), weights_of(x, state)
+    (y, _), (_, slope, _) = run(x, rate, state, documents, weights)
+    np.testing.assert_allclose(y, x, rtol=1e-6)
+    np.testing.assert_array_equal(slope, 0.0)
+
+
+@pytest.mark.parametrize(("length", "width", "form"), [(37, 80, "whole"), (69, 40, "split")])
+def test_extreme_rates(length: int, width: int, form: str):
+    x, start, _ = inputs(2, length, width=width)
+    state = LeakyState(start, None)
+    weights = LeakyOutput(waves(x), LeakyState(np.zeros_like(start), None))
+    for rates in ([0.0, 1e-4, 1.0], [80.0, 1e3, 3e38], [np.inf, 0.0, np.inf]):
+        rate = np.array(rates, np.float32)
+        out, grads = compiled(form, "sum")(x, rate, state, None, weights)
+        expected, expected_grads = exact(x, rate, state, weights)
+        assert_close(out, expected, FORWARD)
+        (x_grad, rate_grad, state_grad), (by_x, by_rate, by_state) = grads, expected_grads
+        assert_close((x_grad, state_grad), (by_x, by_state), GRADIENT)
+        # Per head, for they differ by many orders of magnitude; e^-1000 is 0 in float64 as well.
+        np.testing.assert_allclose(rate_grad, by_rate, rtol=5e-5, atol=1e-30)
+        np.testing.assert_array_equal(np.asarray(rate_grad)[rate >= 1e3], 0.0)
+
+
+@pytest.mark.parametrize("form", ["whole", "split", "steps"])
+def test_two_halves_make_the_whole(form: str):
+    """Each half is padding in the call of the other."""
     x, start, _ = inputs(len(IDS), LENGTH)
-    ids, options = jnp.asarray(IDS), FORMS["whole"]
-    before = jnp.full(len(IDS), 9)
-    at_cut = jnp.array([next((i for i in row[:17][::-1] if i), 9) for row in IDS])
-
-    @jax.jit
-    def both(x: jax.Array) -> Any:
-        state = LeakyState(jnp.asarray(start), None)
-        rate = jnp.asarray(RATES)
-        whole = leaky_average(
-            x, rate, initial_state=state, segment_ids=ids, initial_segment=before, **options
-        )
-        head, state = leaky_average(
-            x[:, :17],
-            rate,
-            initial_state=state,
-            segment_ids=ids[:, :17],
-            initial_segment=before,
-            **options,
-        )
-        tail, state = leaky_average(
-            x[:, 17:],
-            rate,
-            initial_state=state,
-            segment_ids=ids[:, 17:],
-            initial_segment=at_cut,
-            **options,
-        )
-        return whole, LeakyOutput(jnp.concatenate([head, tail], axis=1), state)
-
-    whole, parts = both(x)
-    assert_close(parts, whole, FORWARD)
+    state = LeakyState(start, None)
+    run, weights = compiled(form, "sum"), weights_of(x, state)
+    early, late = documents_at(17, ANOTHER)
+    whole, _ = run(x, RATES, state, Documents(IDS, ANOTHER), weights)
+    head, _ = run(x, RATES, state, early, weights)
+    tail, _ = run(x, RATES, head.state, late, weights)
+    assert_close(LeakyOutput(head.y + tail.y, tail.state), whole, FORWARD)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype: Any):
+@pytest.mark.parametrize(
+    ("dtype", "precision", "differentiated"),
+    [
+        (jnp.bfloat16, "default", False),
+        (jnp.bfloat16, "high", True),
+        (jnp.float16, "default", True),
+        (jnp.float16, "high", False),
+    ],
+)
+def test_half_precision(dtype: Any, precision: Any, differentiated: bool):
     x, start, _ = inputs(2, LENGTH)
-    x = jnp.asarray(x, dtype)
-    wide = np.asarray(x, np.float32)
-    results = {p: run(x, RATES, start, **FORMS["split"], precision=p) for p in ("default", "high")}
-    expected = direct(wide, RATES, start, start[..., :1])
-    grads = direct_gradients(wide, RATES, start, weights_of(x), weights_of(start))
-    for result in results.values():
-        assert (result.y.dtype, result.total.dtype) == (dtype, np.float32)
-        assert result.grads[0].dtype == dtype
-        assert_close(result.y, expected.y, BFLOAT16)
-        assert_close(result.grads, tuple(grads), BFLOAT16)
+    x, state = x.astype(dtype), LeakyState(start, None)
+    weights = weights_of(x, state)
+    expected, expected_grads = exact(x.astype(np.float32), RATES, state, weights)
+    options = {**FORMS["split"], "precision": precision}
+    if differentiated:
+        out, grads = with_gradients(**options)(x, RATES, state, None, weights)
+        assert grads[0].dtype == dtype
+        assert_close(grads, expected_grads, BFLOAT16)
+    else:
+        run = jax.jit(lambda x, rate, s: leaky_average(x, rate, initial_state=s, **options))
+        out = run(x, RATES, state)
+    assert (out.y.dtype, out.state.total.dtype) == (dtype, np.float32)
+    assert_close(out.y, expected.y, BFLOAT16)
     # The carry is float32, and unless `default` is asked for, so are the weights in effect.
-    high, low = (rms_error(results[p].total, expected.total) for p in ("high", "default"))
-    assert high < 1e-5
-    assert 1e-5 < low < 2e-3
+    error = rms_error(np.asarray(out.state.total), expected.state.total)
+    low, high = {"high": (0.0, 1e-5), "default": (1e-5, 2e-3)}[precision]
+    assert low <= error < high
 
 
-X = jnp.asarray(inputs(2, 17, heads=1, width=16)[0])
-RATE = jnp.array([0.3])
+X = inputs(2, 17, heads=1, width=16)[0]
+RATE = np.array([0.3], np.float32)
 
 
-def loss(x: Any, rate: Any = RATE, implementation: str = "pallas") -> jax.Array:
+def loss(x: Any, rate: Any, implementation: str = "pallas") -> jax.Array:
     config = SPLIT if implementation == "pallas" else None
     y, state = leaky_average(x, rate, implementation=implementation, config=config)
     return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state.total))
@@ -208,20 +200,16 @@ def test_transformations():
     """Vmap, scan and checkpoint together; jit and grad are in every other test."""
 
     def transformed(xs: jax.Array, rate: jax.Array, implementation: str) -> jax.Array:
-        def run(x: jax.Array) -> jax.Array:
-            return jax.checkpoint(lambda x: loss(x, rate, implementation))(x)
+        run = jax.checkpoint(lambda x: loss(x, rate, implementation))
 
         def step(total: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             value = jnp.sum(jax.vmap(run)(x))
             return total + value, value
 
-        return jnp.sum(lax_scan(step, xs))
-
-    def lax_scan(step: Any, xs: jax.Array) -> jax.Array:
         total, values = jax.lax.scan(step, jnp.float32(0), xs)
         return total + jnp.sum(values**2)
 
-    xs = jnp.stack([X, 2 * X, X - 1, -X]).reshape(2, 2, *X.shape)
+    xs = np.stack([X, 2 * X, X - 1, -X]).reshape(2, 2, *X.shape)
     results = [
         jax.jit(jax.value_and_grad(transformed, argnums=(0, 1)), static_argnums=2)(xs, RATE, form)
         for form in ("pallas", "xla")
@@ -234,42 +222,57 @@ def test_shard_map():
     part = jax.sharding.PartitionSpec("batch")
 
     def grads(x: jax.Array) -> jax.Array:
-        return jax.grad(loss)(x)
+        return jax.grad(loss)(x, jnp.asarray(RATE))
 
     sharded = jax.shard_map(grads, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
     assert_close(jax.jit(sharded)(X), jax.jit(grads)(X), FORWARD)
 
 
 def test_second_derivative_is_refused():
+    def once(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.grad(loss)(x, jnp.asarray(RATE)) ** 2)
+
     with pytest.raises(KernelUnsupported, match=r"first derivatives only.*implementation='xla'"):
-        jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(X)
+        jax.eval_shape(jax.grad(once), X)
 
 
 @pytest.mark.parametrize(
-    ("x", "config", "message"),
+    ("shape", "config", "message"),
     [
-        (jnp.zeros((1, 4, 1, 257)), None, "head widths to 256, not 257"),
-        (X, LeakyAverageConfig(chunk=48), "chunk=48, which is no power of two"),
-        (X, LeakyAverageConfig(chunk=256), r"leaky_average would use \d+ bytes of shared memory"),
+        ((1, 4, 1, 257), None, "head widths to 256, not 257"),
+        (X.shape, LeakyAverageConfig(chunk=48), "chunk=48, which is no power of two"),
+        (
+            X.shape,
+            LeakyAverageConfig(chunk=256),
+            r"leaky_average would use \d+ bytes of shared memory",
+        ),
     ],
 )
-def test_calls_that_a_kernel_cannot_take(x: Any, config: Any, message: str):
+def test_calls_that_a_kernel_cannot_take(shape: tuple[int, ...], config: Any, message: str):
+    run = functools.partial(leaky_average, implementation="pallas", config=config)
     with pytest.raises(KernelUnsupported, match=message):
-        leaky_average(x, RATE, implementation="pallas", config=config)
+        jax.eval_shape(run, np.zeros(shape, np.float32), RATE)
 
 
 def test_no_float64_kernel():
+    run = functools.partial(leaky_average, implementation="pallas")
     with jax.enable_x64(True), pytest.raises(KernelUnsupported, match="float32, not float64"):
-        leaky_average(jnp.zeros((1, 4, 1, 2), jnp.float64), RATE, implementation="pallas")
+        jax.eval_shape(run, np.zeros((1, 4, 1, 2)), RATE)
 
 
 @pytest.mark.parametrize("scaling", ["sum", "normalised"])
 @pytest.mark.parametrize("shape", [(0, 5, 1, 2), (2, 0, 1, 2)])
 def test_no_row_and_no_token(shape: tuple[int, ...], scaling: str):
-    state = state_of(jnp.ones((shape[0], 1, 2)), jnp.ones((shape[0], 1, 1)), scaling)
-    options = {"initial_state": state, "segment_ids": jnp.ones(shape[:2], jnp.int32)}
-    for name in ("xla", "reference", "pallas"):
-        out = leaky_average(jnp.zeros(shape), RATE, scaling=scaling, implementation=name, **options)
+    x, total = np.zeros(shape, np.float32), np.ones((shape[0], 1, 2), np.float32)
+    state, ids = state_of(total, total[..., :1], scaling), np.ones(shape[:2], np.int32)
+
+    @jax.jit
+    def run(x: Any, rate: Any, state: Any, ids: Any) -> list[LeakyOutput]:
+        call = functools.partial(leaky_average, x, rate, scaling=scaling, initial_state=state)
+        names = ("xla", "reference", "pallas")
+        return [call(segment_ids=ids, implementation=name) for name in names]
+
+    for out in run(x, RATE, state, ids):
         assert out.y.shape == shape
         assert_close(out.state, state, FORWARD)
 
@@ -277,4 +280,4 @@ def test_no_row_and_no_token(shape: tuple[int, ...], scaling: str):
 def test_no_channel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ShapeError, match=r"an axis of x \(1, 4, 1, 0\) is empty"):
-        leaky_average(jnp.zeros((1, 4, 1, 0)), RATE)
+        jax.eval_shape(leaky_average, np.zeros((1, 4, 1, 0), np.float32), RATE)

@@ -1,5 +1,7 @@
 """Squared attention where it reads a state: which implementation runs, and what cancels in it."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,26 +15,34 @@ from jaxmem.mixers.base import build
 from jaxmem.mixers.two_mamba import TwoMambaConfig
 from jaxmem.nn.init import uniform_init
 from jaxmem.ops.dispatch import explain, recording_choices
-from jaxmem.ops.linear_attention import init_linear_state
+from jaxmem.ops.linear_attention import LinearState
 from jaxmem.ops.squared_attention import SquaredOutput, feature_count, squared_attention
 from jaxmem.reports.benchmark import baselines
 from pallas_kernels._compat import stand_in_gpu
 from tests.helpers.compare import GRADIENT, assert_close
+from tests.helpers.drawn import drawn
 
 HEADS, WIDTH = 2, 8
 SCALE = 0.5
 
 
-def empty(batch: int, dtype: Any = jnp.float32) -> Any:
+def empty(batch: int) -> LinearState:
     shape = (batch, HEADS, feature_count(WIDTH), WIDTH)
-    return init_linear_state(*shape, with_total=True, dtype=dtype)
+    return LinearState(np.zeros(shape, np.float32), np.zeros(shape[:3], np.float32))
 
 
 def test_with_a_state_auto_takes_chunks_and_the_kernel_raises():
-    q = jnp.ones((1, 20, HEADS, WIDTH))
+    q = np.ones((1, 20, HEADS, WIDTH), np.float32)
     options: dict[str, Any] = {"initial_state": empty(1), "with_total": True}
+
+    def trace(**named: Any) -> None:
+        def call(q: Any, state: LinearState) -> SquaredOutput:
+            return squared_attention(q, q, q, **options | named | {"initial_state": state})
+
+        jax.eval_shape(call, q, options["initial_state"])
+
     with stand_in_gpu(), recording_choices() as choices:
-        jax.eval_shape(lambda q: squared_attention(q, q, q, **options), q)
+        trace()
         explained = explain("squared_attention", q, q, q, **options)
         assert [explained] == choices
         assert explained.implementation == "xla"
@@ -40,12 +50,12 @@ def test_with_a_state_auto_takes_chunks_and_the_kernel_raises():
         # The kernel reads rows without one.
         assert explain("squared_attention", q, q, q).implementation == "pallas"
         with pytest.raises(KernelUnsupported, match=r"'pallas': .*with a state.*xla, reference"):
-            squared_attention(q, q, q, implementation="pallas", **options)
+            trace(implementation="pallas")
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_other_names_stay_with_a_state(implementation: Any):
-    q = jnp.ones((1, 3, HEADS, WIDTH))
+    q = np.ones((1, 3, HEADS, WIDTH), np.float32)
     options = {"initial_state": empty(1), "with_total": True, "implementation": implementation}
     choice = explain("squared_attention", q, q, q, **options)
     assert (choice.implementation, choice.reason) == (implementation, "asked for by name")
@@ -54,30 +64,36 @@ def test_other_names_stay_with_a_state(implementation: Any):
 def test_a_layer_on_the_kernel_decodes_and_reads_in_chunks():
     dim, length = HEADS * WIDTH, 9
     config = TwoMambaConfig(num_heads=HEADS, implementation="pallas", chunk_size=4)
-    mixer = build(config, dim, init=uniform_init(), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, length, dim))
+    made = drawn(lambda: build(config, dim, init=uniform_init(), rngs=nnx.Rngs(0)), spread=0.2)
+    graph, weights = nnx.split(made)
+    x = np.float32(np.random.default_rng(1).normal(size=(2, length, dim)))
 
-    def loss(x: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-        y = mixer(x, **options).y
-        return jnp.sum(jnp.sin(y)), y
+    @functools.partial(jax.jit, static_argnames=("form", "implementation"))
+    def both(weights: Any, x: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = nnx.merge(graph, weights)(x, **options).y
+            return jnp.sum(jnp.sin(y)), y
 
-    def decoded(x: jax.Array) -> jax.Array:
-        state, found = mixer.init_state(2), []
-        for t in range(length):
-            out = mixer.step(x[:, t], state)
-            state = out.state
-            found.append(out.y)
-        return jnp.stack(found, axis=1)
+        (_, y), grad = jax.value_and_grad(loss, has_aux=True)(x)
+        return y, grad
 
-    both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnames="form")
-    (_, wanted), wanted_grad = jax.value_and_grad(loss, has_aux=True)(x, implementation="xla")
+    @jax.jit
+    def decoded(weights: Any, x: jax.Array) -> jax.Array:
+        mixer = nnx.merge(graph, weights)
+
+        def step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+            out = mixer.step(x, state)
+            return out.state, out.y
+
+        return jax.lax.scan(step, mixer.init_state(2), jnp.moveaxis(x, 1, 0))[1]
+
+    expected = both(weights, x, implementation="xla")
     with recording_choices() as choices:
-        (_, whole), grad = both(x)
+        whole = both(weights, x)
     assert "pallas" in [c.implementation for c in choices]
-    assert_close((whole, grad), (wanted, wanted_grad), GRADIENT)
-    (_, chunked), grad = both(x, form="chunked")
-    assert_close((chunked, grad), (wanted, wanted_grad), GRADIENT)
-    assert_close(jax.jit(decoded)(x), wanted, GRADIENT)
+    assert_close(whole, expected, GRADIENT)
+    assert_close(both(weights, x, form="chunked"), expected, GRADIENT)
+    assert_close(np.moveaxis(decoded(weights, x), 0, 1), np.asarray(expected[0]), GRADIENT)
 
 
 def almost_orthogonal(length: int, share: float) -> tuple[Any, ...]:
@@ -103,60 +119,76 @@ def totals(q: Any, k: Any, gates: Any) -> tuple[np.ndarray, np.ndarray]:
     return total, bound
 
 
-@pytest.mark.parametrize("share", [1e-2, 1e-5])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_totals_that_cancel(implementation: Any, share: float):
+def test_totals_that_cancel(implementation: Any):
     """They are as near to float64 as the docstring says, and never negative."""
-    q, k, v, gates = almost_orthogonal(33, share)
-    total, bound = totals(q, k, gates)
-    narrow = tuple(jnp.asarray(a, jnp.float32) for a in (q, k, v, gates))
 
-    def read(*operands: jax.Array) -> SquaredOutput:
-        q, k, v, gates = operands
-        options = {"scale": SCALE, "with_total": True, "chunk_size": 8}
-        options |= {"initial_state": empty(1), "implementation": implementation}
-        return squared_attention(q, k, v, log_decay=gates, **options)
+    def read(rows: tuple[jax.Array, ...], **options: Any) -> SquaredOutput:
+        q, k, v, gates = rows
+        options |= {"scale": SCALE, "log_decay": gates, "with_total": True}
+        return squared_attention(q, k, v, **options)
 
-    def loss(*operands: jax.Array) -> tuple[jax.Array, Any]:
-        found: Any = read(*operands)
-        return jnp.sum(jnp.sin(found.y)) + jnp.sum(found.total), found
+    @jax.jit
+    def both(rows: tuple[jax.Array, ...], state: LinearState) -> Any:
+        def loss(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+            options = {"initial_state": state, "implementation": implementation}
+            found: Any = read(rows, chunk_size=8, **options)
+            return jnp.sum(jnp.sin(found.y)) + jnp.sum(found.total), found
 
-    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
-    (_, found), grads = grad(*narrow)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((found, grads)))
-    assert bool(jnp.all(found.total >= 0.0))
-    eps = float(jnp.finfo(jnp.float32).eps)
-    error = np.abs(np.asarray(found.total, np.float64) - total)
-    assert np.max(error / bound) < 2.0 * eps
-    # Relative to the total all pairs lose 1 / share of their digits, the recurrence its square.
-    assert np.max(error / total) > 8.0 * eps / share
-    pairs = squared_attention(*narrow[:3], scale=SCALE, log_decay=narrow[3], with_total=True)
-    assert np.max(np.abs(np.asarray(pairs.total, np.float64) - total) / total) < 8.0 * eps / share
+        return jax.value_and_grad(loss, has_aux=True)(rows)
+
+    pairs = jax.jit(lambda rows: read(rows).total)
+    eps = float(np.finfo(np.float32).eps)
+    for share in (1e-2, 1e-5):
+        rows = almost_orthogonal(33, share)
+        total, bound = totals(rows[0], rows[1], rows[3])
+        narrow = jax.tree.map(np.float32, rows)
+        (_, found), grads = jax.tree.map(np.asarray, both(narrow, empty(1)))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((found, grads)))
+        assert np.all(found.total >= 0.0)
+        error = np.abs(np.float64(found.total) - total)
+        assert np.max(error / bound) < 2.0 * eps
+        # Relative to the total all pairs lose 1 / share of their digits, the recurrence its square.
+        assert np.max(error / total) > 8.0 * eps / share
+        error = np.abs(np.float64(pairs(narrow)) - total)
+        assert np.max(error / total) < 8.0 * eps / share
 
 
 def test_a_negative_total_is_rounding_and_has_no_gradient():
     """With a state of none of its squares, which rounding alone could leave."""
     state = empty(1)
-    state = state._replace(total=state.total.at[0, 0].set(-1.0).at[0, 1].set(1.0))
-    q = jnp.zeros((1, 1, HEADS, WIDTH)).at[..., 0].set(1.0)
+    state.total[0, 0], state.total[0, 1] = -1.0, 1.0
+    q = np.zeros((1, 1, HEADS, WIDTH), np.float32)
+    q[..., 0] = 1.0
 
-    def total(sums: jax.Array) -> Any:
-        held = state._replace(total=sums)
-        options = {"scale": 1.0, "with_total": True, "initial_state": held}
-        return squared_attention(q, 0.0 * q, q, **options).total
+    @jax.jit
+    def both(q: jax.Array, state: LinearState) -> tuple[jax.Array, jax.Array]:
+        def loss(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+            options = {"scale": 1.0, "with_total": True}
+            held = state._replace(total=sums)
+            total: Any = squared_attention(q, 0.0 * q, q, initial_state=held, **options).total
+            return jnp.sum(total), total
 
-    np.testing.assert_array_equal(total(state.total)[0, 0], [0.0, 1.0])
-    grad = jax.grad(lambda sums: jnp.sum(total(sums)))(state.total)
-    np.testing.assert_array_equal(jnp.sum(grad, axis=-1)[0], [0.0, 1.0])
+        (_, total), grad = jax.value_and_grad(loss, has_aux=True)(state.total)
+        return total, grad
+
+    total, grad = jax.tree.map(np.asarray, both(q, state))
+    np.testing.assert_array_equal(total[0, 0], [0.0, 1.0])
+    np.testing.assert_array_equal(np.sum(grad, axis=-1)[0], [0.0, 1.0])
 
 
 def test_the_baselines_return_nothing_where_no_key_weighs():
-    q = jnp.zeros((1, 4, HEADS, WIDTH))
-    v, gates = jnp.ones_like(q), jnp.zeros((1, 4, HEADS))
+    q = np.zeros((1, 4, HEADS, WIDTH), np.float32)
+    v, gates = np.ones_like(q), np.zeros((1, 4, HEADS), np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(form: Callable[..., jax.Array], *rows: jax.Array) -> Any:
+        y, pull = jax.vjp(form, *rows)
+        return y, pull(y + 1.0)
+
     for form in (
         baselines.squared_by_pairs,
-        lambda *operands: baselines.squared_by_chunks(*operands, chunk_size=2),
+        functools.partial(baselines.squared_by_chunks, chunk_size=2),
     ):
-        y, pull = jax.vjp(form, q, v, v, gates)
-        for leaf in jax.tree.leaves((y, pull(y + 1.0))):
+        for leaf in jax.tree.leaves(both(form, q, v, v, gates)):
             np.testing.assert_array_equal(leaf, 0.0)

@@ -88,7 +88,7 @@ def words(log_decay: np.ndarray) -> Decay:
     """Sum [B T H] and return two float32 words, the first multiples of 1/16, by head."""
     sums = np.moveaxis(np.cumsum(log_decay.astype(np.float64), axis=1), 1, 2)
     whole = np.round(sums * 16) / 16
-    parts = [jnp.asarray(a, jnp.float32) for a in (whole, sums - whole)]
+    parts = [np.float32(a) for a in (whole, sums - whole)]
     return Decay(*parts, *parts)
 
 
@@ -103,15 +103,15 @@ def inputs(
         for n in (size.width, size.width, size.value_width, size.value_width)
     )
     log_decay = draw.uniform(size=lead)
-    q, k, v = (jnp.asarray(a, dtype) for a in (q, k, v))
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
     return Inputs(
         q,
         k,
         v,
         None if decay is None else words(decay * log_decay),
-        None if document is None else jnp.asarray(document, jnp.int32),
-        jnp.asarray(dy, jnp.float32 if dtype == jnp.float16 else dtype),
-        jnp.asarray(draw.normal(size=lead), jnp.float32),
+        None if document is None else np.asarray(document, np.int32),
+        dy.astype(np.float32 if dtype == np.float16 else dtype),
+        np.float32(draw.normal(size=lead)),
     )
 
 
@@ -155,7 +155,8 @@ def both_passes(**options: Any) -> Any:
 
 
 def run(args: Inputs, scale: float = 0.25, config: PairTiles | None = TILES) -> Any:
-    return both_passes(scale=scale, config=config, interpret=True)(args)
+    found = both_passes(scale=scale, config=config, interpret=True)(args)
+    return jax.tree.map(np.asarray, found)
 
 
 def check(
@@ -176,13 +177,10 @@ def check(
     ("size", "decay"),
     [
         (Size(tokens=1), -1.0),
-        (Size(tokens=1), None),
         (Size(tokens=15, width=40, value_width=80), -1.0),
         (Size(tokens=16, heads=1), None),
-        (Size(tokens=17, heads=3, width=80, value_width=24), -0.1),
-        (Size(tokens=18, width=17, value_width=13), None),  # no width is a multiple of anything
+        (Size(tokens=17, heads=3, width=17, value_width=13), None),  # multiples of nothing
         (Size(tokens=53, batch=1, width=1, value_width=1), -0.1),
-        (Size(tokens=53, batch=1), None),
     ],
     ids=str,
 )
@@ -226,30 +224,33 @@ def test_extreme_decay(steps: str):
     assert all(np.all(np.isfinite(a)) for a in found)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, *BUDGETS], ids=jnp.dtype)
+@pytest.mark.parametrize("dtype", [np.float32, *BUDGETS], ids=jnp.dtype)
 def test_large_scores(dtype: Any):
     """|s| about 1e3: weights of 1e6, which float16 does not hold."""
     args = inputs(Size(batch=1, tokens=37), dtype=dtype)
-    args = args._replace(q=256 * args.q, dy=1e-3 * args.dy, dtotal=1e-3 * args.dtotal)
+    small = np.array(1e-3, args.dy.dtype)
+    args = args._replace(
+        q=args.q * np.array(256, dtype), dy=small * args.dy, dtotal=np.float32(1e-3) * args.dtotal
+    )
     found = check(args, *BUDGETS.get(dtype, (FORWARD, GRADIENT)))
     assert np.max(found.total) > 1e6
-    out = jnp.float32 if dtype == jnp.float16 else dtype
-    assert [a.dtype for a in found[:5]] == [out, jnp.float32, dtype, dtype, dtype]
-    assert [a.dtype for a in found[5:]] == [jnp.float32] * 2
+    out = np.float32 if dtype == np.float16 else dtype
+    assert [a.dtype for a in found[:5]] == [out, np.float32, dtype, dtype, dtype]
+    assert [a.dtype for a in found[5:]] == [np.float32] * 2
 
 
-@pytest.mark.parametrize(("width", "value_width"), [(192, 192), (256, 200)])
-def test_default_tiles(width: int, value_width: int):
+def test_default_tiles():
     """The shipped tiles of the widest heads; the last one overhangs the row."""
-    size = Size(tokens=37, batch=1, heads=1, width=width, value_width=value_width)
+    size = Size(tokens=37, batch=1, heads=1, width=192, value_width=256)
     check(inputs(size), config=None)
 
 
 def test_batches_of_calls():
     """Under vmap the kernels compute what they do alone."""
     args = inputs(Size(tokens=3, heads=1), document=[[0] * 2 + [1]] * 2)
-    batched = jax.jit(jax.vmap(run))(jax.tree.map(lambda a: a[:, None], args))
-    assert_close(jax.tree.map(lambda a: a[:, 0], batched), run(args), FORWARD)
+    call = both_passes(scale=0.25, config=TILES, interpret=True)
+    batched = jax.jit(jax.vmap(call))(jax.tree.map(lambda a: a[:, None], args))
+    assert_close(jax.tree.map(lambda a: np.asarray(a)[:, 0], batched), direct(args, 0.25), FORWARD)
 
 
 KERNELS = ["squared_forward", "squared_queries_gradient", "squared_keys_gradient"]
@@ -276,8 +277,7 @@ def test_the_table_has_every_dtype_and_width():
         assert widths >= {32, 64, 128, 256}
 
 
-@pytest.mark.parametrize("precision", ["default", "high", "highest"])
-def test_precision_of_float32_products(precision: Any):
+def test_precision_of_float32_products():
     """Every product of the lowered kernels runs as asked; unasked, as three TF32 passes."""
     args = jax.eval_shape(lambda: inputs(Size(tokens=100, width=40)))
 
@@ -287,9 +287,10 @@ def test_precision_of_float32_products(precision: Any):
         backward = squared_backward(operands, grads, **options)
         return squared_forward(operands, **options), backward
 
-    asked = lower_for_cuda(functools.partial(both, precision=precision), args).as_text()
     unasked = lower_for_cuda(both, args).as_text()
-    assert (asked == unasked) == (precision == "high")
+    for precision in ("default", "high", "highest"):
+        asked = lower_for_cuda(functools.partial(both, precision=precision), args).as_text()
+        assert (asked == unasked) == (precision == "high"), precision
 
 
 def test_what_the_kernels_cannot_take():

@@ -47,7 +47,7 @@ def test_gated_scan_of_packed_rows(implementation: str, ids: list[int], gates: l
     x = draw.normal(size=(1, LENGTH, 2)).astype(np.float32)
     start = draw.normal(size=(1, 2)).astype(np.float32)
     log_decay = np.broadcast_to(np.float32(gates)[:, None], x.shape[1:])[None]
-    out = compiled(implementation)(x, log_decay, start, jnp.asarray([ids]))
+    out = compiled(implementation)(x, log_decay, start, np.asarray([ids]))
     h, final, document = np.zeros(x.shape), start.astype(np.float64), 1
     for t, name in enumerate(ids):
         if name:

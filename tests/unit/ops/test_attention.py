@@ -1,5 +1,6 @@
 """Dropout, defaults and errors of attention."""
 
+import functools
 import inspect
 import warnings
 from typing import Any
@@ -15,52 +16,62 @@ from jaxmem.ops.attention import Dropout, Places, attention, attention_with_lse
 from jaxmem.ops.dispatch import explain
 from pallas_kernels._compat import stand_in_gpu
 
-ONES = jnp.ones((2, 3, 2, 4))
-IDS = jnp.ones((2, 3), jnp.int32)
+ONES = jnp.asarray(np.ones((2, 3, 2, 4), np.float32))
+IDS = jnp.asarray(np.ones((2, 3), np.int32))
+Q = np.random.default_rng(0).normal(size=ONES.shape).astype(np.float32)
+
+
+def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
     # Of one visible key per query, a read of ones is 1 / (1 - rate), or 0 where dropped.
     length, rate = 70, 0.3
-    x = jnp.ones((2, length, 4, 1))
-    index = jnp.broadcast_to(jnp.arange(length), (2, length))
-    alone = Places(index, index, index + 1, index + 1)
-    key = jax.random.key(0)
-    y = attention(x, x, x, scale=1.0, places=alone, dropout=Dropout(rate, key))
-    values, counts = np.unique(np.asarray(y), return_counts=True)
+    x = np.ones((2, length, 4, 1), np.float32)
+    index = np.broadcast_to(np.arange(length, dtype=np.int32), (2, length))
+
+    @jax.jit
+    def read(x: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+        alone = Places(index, index, index + 1, index + 1)
+        return attention(x, x, x, scale=1.0, places=alone, dropout=Dropout(rate, key))
+
+    key, other_key = (jax.random.key(n) for n in (0, 1))
+    y = np.asarray(read(x, index, key))
+    values, counts = np.unique(y, return_counts=True)
     np.testing.assert_allclose(values, [0.0, 1 / (1 - rate)], rtol=1e-6)
     spread = np.sqrt(rate * (1 - rate) / y.size)
     assert abs(counts[0] / y.size - rate) < 4 * spread
-    again = attention(x, x, x, scale=1.0, places=alone, dropout=Dropout(rate, key))
-    np.testing.assert_array_equal(again, y)
-    other = attention(x, x, x, scale=1.0, places=alone, dropout=Dropout(rate, jax.random.key(1)))
-    assert not np.array_equal(other, y)
+    np.testing.assert_array_equal(read(x, index, key), y)
+    assert not np.array_equal(read(x, index, other_key), y)
 
 
-def test_dropout_of_rate_zero_is_none():
-    q = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
-    dropped = attention(q, q, q, scale=1.0, dropout=Dropout(0.0, jax.random.key(0)))
-    np.testing.assert_array_equal(dropped, attention(q, q, q, scale=1.0))
+def test_other_names_of_the_same():
+    """No dropout and one of rate 0, a scale of every head and one for all."""
 
+    @jax.jit
+    def read(q: jax.Array) -> list[jax.Array]:
+        none = Dropout(0.0, jax.random.key(0))
+        scales = (0.5, jnp.full(2, 0.5))
+        same = [attention(q, q, q, scale=0.5, dropout=none)]
+        return same + [attention(q, q, q, scale=scale) for scale in scales]
 
-def test_one_scale_is_that_of_every_head():
-    q = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
-    np.testing.assert_array_equal(
-        attention(q, q, q, scale=0.5), attention(q, q, q, scale=jnp.full(2, 0.5))
-    )
+    dropped, one, each = read(Q)
+    np.testing.assert_array_equal(dropped, one)
+    np.testing.assert_array_equal(each, one)
 
 
 @pytest.mark.parametrize(
     ("arrays", "options", "words"),
     [
-        ((ONES, jnp.ones((2, 3, 3, 4)), jnp.ones((2, 3, 3, 4))), {}, "do not fit together"),
-        ((ONES, ONES, jnp.ones((2, 2, 2, 4))), {}, "do not fit together"),
-        ((ONES, *(jnp.ones((2, 5, 2, 4)),) * 2), {}, "3 queries and 5 keys without `places`"),
-        ((jnp.ones((2, 3, 2, 0)),) * 3, {}, "an axis of q .* is empty"),
+        ((ONES, *(shaped(2, 3, 3, 4),) * 2), {}, "do not fit together"),
+        ((ONES, ONES, shaped(2, 2, 2, 4)), {}, "do not fit together"),
+        ((ONES, *(shaped(2, 5, 2, 4),) * 2), {}, "3 queries and 5 keys without `places`"),
+        ((shaped(2, 3, 2, 0),) * 3, {}, "an axis of q .* is empty"),
         ((ONES,) * 3, {"lag": 2, "window": 2}, "Use 0 <= lag < window"),
         ((ONES,) * 3, {"lag": -1}, "Use 0 <= lag < window"),
-        ((ONES,) * 3, {"log_forget": jnp.ones((2, 3, 1))}, r"Pass one gate .*shape \(2, 3, 2\)"),
-        ((ONES,) * 3, {"value_gate": jnp.ones((2, 2, 2))}, r"value_gate .*shape \(2, 3, 2\)"),
+        ((ONES,) * 3, {"log_forget": shaped(2, 3, 1)}, r"Pass one gate .*shape \(2, 3, 2\)"),
+        ((ONES,) * 3, {"value_gate": shaped(2, 2, 2)}, r"value_gate .*shape \(2, 3, 2\)"),
         ((ONES,) * 3, {"segment_ids": IDS, "places": Places(*(IDS,) * 4)}, "both `places` and"),
     ],
     ids=[
@@ -84,11 +95,15 @@ def test_calls_that_make_no_sense(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    run = functools.partial(attention, scale=1.0, implementation=implementation)
+    # Arrays among the options are abstract as well.
+    plain = {n: a for n, a in options.items() if isinstance(a, int)}
+    traced = {n: a for n, a in options.items() if n not in plain}
     with pytest.raises(ShapeError, match=words):
-        attention(*arrays, scale=1.0, **options, implementation=implementation)
+        jax.eval_shape(lambda a, o: run(*a, **o, **plain), arrays, traced)
 
 
-@pytest.mark.parametrize("clamp", [np.inf, -np.inf, np.nan, "5", ONES[0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("clamp", [np.inf, -np.inf, np.nan, "5", jnp.asarray(5.0)], ids=str)
 def test_a_clamp_is_a_finite_number(clamp: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for call in (attention, attention_with_lse):
@@ -99,32 +114,33 @@ def test_a_clamp_is_a_finite_number(clamp: Any, monkeypatch: pytest.MonkeyPatch)
 def test_value_gates_are_floating_point(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(DTypeError, match="attention: value_gate is int32"):
-        attention(ONES, ONES, ONES, scale=1.0, value_gate=jnp.ones((2, 3, 2), jnp.int32))
+        attention(ONES, ONES, ONES, scale=1.0, value_gate=shaped(2, 3, 2, dtype=jnp.int32))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 def test_what_clamp_and_value_gate_leave_alone(implementation: Any):
-    q = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
-    options = {"scale": 0.5, "implementation": implementation}
-    y, lse = attention_with_lse(q, q, q, **options)
-    high, high_lse = attention_with_lse(q, q, q, clamp=1e3, **options)
+    @jax.jit
+    def read(q: jax.Array, shut: jax.Array, half: jax.Array) -> list[Any]:
+        call = functools.partial(
+            attention_with_lse, q, q, q, scale=0.5, implementation=implementation
+        )
+        return [call(), call(clamp=1e3), call(value_gate=shut), call(value_gate=half)]
+
+    gates = (np.full((2, 3, 2), value, np.float32) for value in (0.0, 0.5))
+    (y, lse), (high, high_lse), (shut, shut_lse), (half, _) = read(Q, *gates)
     np.testing.assert_allclose(high, y, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(high_lse, lse, rtol=1e-6)
     # The softmax does not see the gates.
-    shut, shut_lse = attention_with_lse(q, q, q, value_gate=jnp.zeros((2, 3, 2)), **options)
     np.testing.assert_array_equal(shut, 0.0)
     np.testing.assert_array_equal(shut_lse, lse)
-    half, _ = attention_with_lse(q, q, q, value_gate=jnp.full((2, 3, 2), 0.5), **options)
-    np.testing.assert_array_equal(half, 0.5 * y)
+    np.testing.assert_array_equal(half, np.float32(0.5) * y)
 
 
 def test_below_the_clamp_all_keys_weigh_the_same():
     # With every logit clamped, the read is the mean of what is visible, whatever the queries are.
-    v = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
-    q = jnp.abs(v)
-    y = attention(q, q, v, scale=1.0, clamp=-1.0)
-    mean = np.cumsum(v, axis=1) / np.arange(1, 4)[:, None, None]
-    np.testing.assert_allclose(y, mean, rtol=1e-5, atol=1e-6)
+    read = jax.jit(lambda q, v: attention(q, q, v, scale=1.0, clamp=-1.0))
+    mean = np.cumsum(Q, axis=1) / np.arange(1, 4)[:, None, None]
+    np.testing.assert_allclose(read(np.abs(Q), Q), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_implementations(monkeypatch: pytest.MonkeyPatch):
@@ -136,17 +152,17 @@ def test_names_of_implementations(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_auto_on_a_cpu_says_what_it_takes():
-    choice = explain("attention", ONES, ONES, ONES, scale=1.0)
+    choice = explain("attention", *(shaped(*ONES.shape),) * 3, scale=1.0)
     assert choice.implementation == "xla"
     assert [r.implementation for r in choice.rejected] == ["cudnn", "pallas"]
-    half = ONES.astype(jnp.bfloat16)
+    half = shaped(*ONES.shape, dtype=jnp.bfloat16)
     with pytest.raises(KernelUnsupported, match="no CUDA GPU here"):
         explain("attention", half, half, half, implementation="cudnn")
 
 
 def test_few_queries_take_no_kernel_on_a_gpu():
     def chosen(length: int, **options: Any) -> str:
-        arrays = [jax.ShapeDtypeStruct((2, length, 2, 16), jnp.float32)] * 3
+        arrays = [shaped(2, length, 2, 16)] * 3
         with stand_in_gpu():
             return explain("attention", *arrays, **options).implementation
 
@@ -158,21 +174,23 @@ def test_few_queries_take_no_kernel_on_a_gpu():
 def test_nothing_to_read(implementation: Any):
     """Rows, queries and keys may be none; where no key is, the result is 0."""
     options: dict[str, Any] = {"implementation": implementation, "causal": False}
+    sizes = ((0, 3, 3), (2, 0, 3), (2, 3, 0))
 
-    def shaped(batch: int, queries: int, keys: int) -> tuple[jax.Array, ...]:
-        return tuple(jnp.ones((batch, n, 2, 4)) for n in (queries, keys, keys))
+    def read(q: jax.Array, k: jax.Array) -> Any:
+        grad = jax.grad(lambda q: jnp.sum(attention(q, k, k, **options)))
+        return attention_with_lse(q, k, k, **options), grad(q)
 
-    for sizes in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
-        y, lse = attention_with_lse(*shaped(*sizes), **options)
-        np.testing.assert_array_equal(y, jnp.zeros((*sizes[:2], 2, 4)))
-        np.testing.assert_array_equal(lse, jnp.full((*sizes[:2], 2), -jnp.inf))
-        grads = jax.grad(lambda q, *a: jnp.sum(attention(q, *a, **options)))(*shaped(*sizes))
-        np.testing.assert_array_equal(grads, jnp.zeros((*sizes[:2], 2, 4)))
+    pairs = [[np.ones((b, n, 2, 4), np.float32) for n in (t, s)] for b, t, s in sizes]
+    found = jax.jit(lambda pairs: [read(*pair) for pair in pairs])(pairs)
+    for ((y, lse), grad), (batch, queries, _) in zip(found, sizes, strict=True):
+        np.testing.assert_array_equal(y, np.zeros((batch, queries, 2, 4)))
+        np.testing.assert_array_equal(lse, np.full((batch, queries, 2), -np.inf))
+        np.testing.assert_array_equal(grad, np.zeros((batch, queries, 2, 4)))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"lag": 1}, {"window": 3}, {"log_forget": jnp.zeros((2, 3, 2))}],
+    [{"lag": 1}, {"window": 3}, {"log_forget": jnp.asarray(np.zeros((2, 3, 2), np.float32))}],
     ids=["lag", "window", "log_forget"],
 )
 def test_without_order_there_are_no_distances(options: dict[str, Any]):
@@ -191,29 +209,35 @@ def test_both_functions_take_the_same():
 
 def test_numbers_of_numpy_and_a_scale_of_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    expected = attention(ONES, ONES, ONES, scale=0.5)
     x = np.ones(ONES.shape)  # float64, which must not warn
+    scales = (None, np.float32(0.5), np.float64(0.5), np.full(2, 0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for scale in (None, np.float32(0.5), np.float64(0.5), np.full(2, 0.5)):
-            found = attention(x, x, x, scale=scale)
-            np.testing.assert_array_equal(found, expected)
+        # The arrays are constants of the program, which the op itself converts.
+        expected, *found = jax.jit(
+            lambda q: (
+                [attention(q, q, q, scale=0.5)]
+                + [attention(x, x, x, scale=scale) for scale in scales]
+            )
+        )(ONES)
+    for y in found:
+        np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 def test_padding_between_tokens_counts_neither_in_distances_nor_with_its_gates(
     implementation: Any,
 ):
-    x = jax.random.normal(jax.random.key(3), (1, 9, 1, 4))
-    gates = -jax.nn.softplus(jax.random.normal(jax.random.key(4), (1, 9, 1)))
-    rule = {"scale": 1.0, "lag": 2, "window": 4, "implementation": implementation}
-    ids = jnp.asarray([[1, 0, 1, 1, 0, 0, 1, 1, 1]])
+    draw = np.random.default_rng(3)
+    x = draw.normal(size=(1, 9, 1, 4)).astype(np.float32)
+    gates = -np.log1p(np.exp(draw.normal(size=(1, 9, 1)))).astype(np.float32)
+    ids = np.array([[1, 0, 1, 1, 0, 0, 1, 1, 1]], np.int32)
     real = np.flatnonzero(ids[0])
-    padded = attention(x, x, x, segment_ids=ids, log_forget=gates, **rule)
-    alone = x[:, real]
-    np.testing.assert_allclose(
-        padded[:, real],
-        attention(alone, alone, alone, log_forget=gates[:, real], **rule),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+
+    @jax.jit
+    def read(x: jax.Array, gates: jax.Array, ids: jax.Array | None) -> jax.Array:
+        rule = {"scale": 1.0, "lag": 2, "window": 4, "implementation": implementation}
+        return attention(x, x, x, segment_ids=ids, log_forget=gates, **rule)
+
+    padded, alone = read(x, gates, ids), read(x[:, real], gates[:, real], None)
+    np.testing.assert_allclose(padded[:, real], alone, rtol=1e-6, atol=1e-6)

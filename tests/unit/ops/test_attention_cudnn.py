@@ -1,5 +1,6 @@
 """When attention takes cuDNN: never on trust."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels._compat import stand_in_gpu
 from tests.helpers.compare import BFLOAT16, assert_close
 
 PLAIN = tuple(jax.ShapeDtypeStruct((2, 32, 4, 64), jnp.bfloat16) for _ in range(3))
-IDS = jnp.ones((2, 32), jnp.int32)
+IDS = jnp.asarray(np.ones((2, 32), np.int32))
 KEY = jax.random.key(0)
 
 
@@ -38,6 +39,10 @@ def broken(*_: Any, **__: Any) -> jax.Array:
     raise RuntimeError("no plan found\nand much more")
 
 
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(jnp.bfloat16)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """A process that has not probed yet."""
@@ -52,6 +57,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_cudnn, "run", honest)
     with stand_in_gpu():
         yield
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch):
+    """A process whose probe, which other tests try, has found nothing."""
+    monkeypatch.setattr(attention_cudnn, "_verdict", lambda *_: None)
 
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -119,17 +130,22 @@ def test_the_probe_runs_once_and_inside_a_trace(monkeypatch: pytest.MonkeyPatch)
         assert attention_cudnn.probe(False) is None
         return x
 
-    traced(1.0)
-    traced(jnp.ones(2))
+    for shape in ((), (2,)):
+        traced.trace(jax.ShapeDtypeStruct(shape, jnp.float32))
     assert calls == [None]
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_plain_call_is_taken():
     assert explain("attention", *PLAIN, scale=0.125, implementation="cudnn").reason
-    q = jax.random.normal(jax.random.key(0), (1, 8, 2, 16), jnp.bfloat16)
-    y = attention(q, q, q, scale=0.25, window=3, implementation="cudnn")
-    expected = honest(q, q, q, scale=0.25, window=3, causal=True)
-    assert jnp.array_equal(y, expected)
+    q = normal(1, 8, 2, 16)
+
+    @jax.jit
+    def read(q: jax.Array) -> list[jax.Array]:
+        y = attention(q, q, q, scale=0.25, window=3, implementation="cudnn")
+        return [y, honest(q, q, q, scale=0.25, window=3, causal=True)]
+
+    np.testing.assert_array_equal(*read(q))
 
 
 def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -143,10 +159,18 @@ def shaped(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[jax.Shape
         (PLAIN, {"dropout": Dropout(0.1, KEY)}, "it has no dropout"),
         (PLAIN, {"places": Places(*(IDS,) * 4)}, "it has no places or segment_ids"),
         (PLAIN, {"segment_ids": IDS}, "it has no places or segment_ids"),
-        (PLAIN, {"log_forget": jnp.zeros((2, 32, 4))}, "it has no log_forget"),
+        (
+            PLAIN,
+            {"log_forget": jax.ShapeDtypeStruct((2, 32, 4), jnp.float32)},
+            "it has no log_forget",
+        ),
         (PLAIN, {"clamp": 5.0}, "it has no clamp"),
-        (PLAIN, {"value_gate": jnp.ones((2, 32, 4)), "lag": 1}, "it has no value_gate, lag"),
-        (PLAIN, {"scale": jnp.ones(4)}, "one Python number"),
+        (
+            PLAIN,
+            {"value_gate": jax.ShapeDtypeStruct((2, 32, 4), jnp.float32), "lag": 1},
+            "it has no value_gate, lag",
+        ),
+        (PLAIN, {"scale": jax.ShapeDtypeStruct((4,), jnp.float32)}, "one Python number"),
         (shaped((2, 32, 4, 64), jnp.float32), {}, "bfloat16 or float16, not float32"),
         (shaped((2, 32, 4, 60)), {}, r"a multiple of 8 to 128, not \[60\]"),
         (shaped((2, 32, 4, 136)), {}, r"a multiple of 8 to 128, not \[136\]"),
@@ -161,17 +185,19 @@ def test_what_it_is_not_asked_for(arrays: Any, options: dict[str, Any], reason: 
 
 
 def test_it_gives_no_log_sum_exp():
-    q = jnp.ones((1, 8, 2, 16), jnp.bfloat16)
+    run = functools.partial(attention_with_lse, scale=0.25, implementation="cudnn")
     with pytest.raises(KernelUnsupported, match="it has no log-sum-exp"):
-        attention_with_lse(q, q, q, scale=0.25, implementation="cudnn")
+        jax.eval_shape(run, *shaped((1, 8, 2, 16)))
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("scale", [0.125, np.float64(0.125)])
 def test_a_rate_of_zero_is_no_dropout(scale: float):
     choice = explain("attention", *PLAIN, scale=scale, dropout=Dropout(0.0, KEY))
     assert choice.implementation == "cudnn"
 
 
+@pytest.mark.usefixtures("trusted")
 def test_few_queries_take_no_kernel():
     few = shaped((2, 16, 4, 64))
     choice = explain("attention", *few, scale=0.125)
@@ -182,17 +208,19 @@ def test_few_queries_take_no_kernel():
     assert named.implementation == "cudnn"
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("causal", [True, False])
 def test_plain_jax_runs_where_the_arrays_are(causal: bool, monkeypatch: pytest.MonkeyPatch):
     """Under `auto` a CPU in a process with a GPU runs neither cuDNN nor what stands for it here."""
-    q = jax.random.normal(jax.random.key(0), (1, 32, 2, 16), jnp.bfloat16)
-    assert attention_cudnn.probe(False, causal) is None
+    q = normal(1, 32, 2, 16)
     monkeypatch.setattr(attention_cudnn, "run", lambda q, *_, **__: jnp.nan * q)
 
     def loss(q: jax.Array, name: Any) -> jax.Array:
         y = attention(q, q, q, causal=causal, implementation=name)
         return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
-    assert explain("attention", q, q, q, causal=causal).implementation == "cudnn"
-    found, expected = (jax.value_and_grad(loss)(q, name) for name in ("auto", "xla"))
+    abstract = shaped(q.shape)
+    assert explain("attention", *abstract, causal=causal).implementation == "cudnn"
+    grad = jax.value_and_grad(loss)
+    found, expected = jax.jit(lambda q: [grad(q, name) for name in ("auto", "xla")])(q)
     assert_close(found, expected, BFLOAT16)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 from jaxmem.errors import ConfigError, DTypeError, JaxmemError, ShapeError, UnknownName
@@ -15,9 +15,14 @@ from jaxmem.ops.leaky_average import LeakyState, leaky_average
 from jaxmem.ops.persistent_read import persistent_read
 from jaxmem.ops.weighted_average import WeightedState, weighted_average
 
-X, FLAT, RATE = jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 4)), jnp.ones(2)
-TABLE, IDS, ROW = jnp.ones((1, 2, 7, 4)), jnp.ones((2, 5), jnp.int32), jnp.ones(2, jnp.int32)
-SUMS, KEY = jnp.ones((2, 2, 4)), jax.random.key(0)
+
+def ones(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+X, FLAT, RATE = ones(2, 5, 2, 4), ones(2, 5, 4), ones(2)
+TABLE, IDS, ROW = ones(1, 2, 7, 4), ones(2, 5, dtype=np.int32), ones(2, dtype=np.int32)
+SUMS, KEY = ones(2, 2, 4), jax.random.key(0)
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 # Operands and options of a call that is right, floating-point ones first.
@@ -67,7 +72,7 @@ def test_only_floating_point_is_taken(op: str, name: str, dtype: str):
 def test_floating_point_is_taken(op: str, dtype: str):
     call, options = CALLS[op]
     with jax.enable_x64(dtype == "float64"):
-        given = {name: a.astype(dtype) for name, a in options.items()}
+        given = {name: jax.ShapeDtypeStruct(a.shape, dtype) for name, a in options.items()}
         out = jax.eval_shape(lambda given: call(**given, implementation="xla"), given)
     assert jax.tree.leaves(out)[0].dtype == dtype
 
@@ -102,11 +107,11 @@ WRONG_SHAPES: list[tuple[str, dict[str, Any], str]] = [
     ("weighted_average", means(log_total=SUMS[:1]), r"log_total has shape \(1, 2, 4\)"),
     ("weighted_average", {"values": X[..., :0]}, r"an axis of values \(2, 5, 2, 0\) is empty"),
     ("weighted_average", {"values": X[0]}, r"values has shape .*\[B T H V\]"),
-    ("persistent_read", {"scale": jnp.ones(3)}, r"shape \(3,\).*one number.*shape \(2,\)"),
-    ("persistent_read", {"scale": jnp.ones((2, 1))}, r"shape \(2, 1\).*one number"),
+    ("persistent_read", {"scale": ones(3)}, r"shape \(3,\).*one number.*shape \(2,\)"),
+    ("persistent_read", {"scale": ones(2, 1)}, r"shape \(2, 1\).*one number"),
     ("persistent_read", {"q": X[0]}, r"q has shape .*\[B T H K\]"),
-    ("attention", {"scale": jnp.ones(3)}, r"shape \(3,\).*one number.*shape \(2,\)"),
-    ("attention", {"scale": jnp.ones(1)}, r"shape \(1,\).*one number.*shape \(2,\)"),
+    ("attention", {"scale": ones(3)}, r"shape \(3,\).*one number.*shape \(2,\)"),
+    ("attention", {"scale": ones(1)}, r"shape \(1,\).*one number.*shape \(2,\)"),
     ("attention", {"k": X[0]}, r"k has shape .*\[B S G K\]"),
     ("attention", places(query=IDS[:1]), r"places.query has shape \(1, 5\).*per query.*\(2, 5\)"),
     ("attention", places(key=IDS[:, :3]), r"places.key has shape \(2, 3\).*per key.*\(2, 5\)"),
@@ -144,9 +149,15 @@ def test_rates_of_dropout(op: str, rate: float):
 @pytest.mark.parametrize("op", ["attention", "persistent_read"])
 def test_one_scale_for_all_heads(op: str):
     call, options = CALLS[op]
-    expected = call(**{**options, "scale": jnp.full(2, 0.5)})
-    for scale in (0.5, jnp.float32(0.5)):
-        assert jnp.array_equal(call(**{**options, "scale": scale}), expected)
+    arrays = {name: a for name, a in options.items() if name != "scale"}
+
+    @jax.jit
+    def read(arrays: dict[str, Any], scale: Any) -> list[Any]:
+        return [call(**arrays, scale=s) for s in (scale, 0.5)]
+
+    expected, _ = read(arrays, np.full(2, 0.5, np.float32))
+    for found in read(arrays, np.float32(0.5)):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -33,28 +34,44 @@ from jaxmem.ops.weighted_average import init_weighted_state, weighted_average
 from pallas_kernels import _compat
 from pallas_kernels._compat import Target, make_mesh, stand_in_gpu
 
-X = jnp.ones((2, 17, 2, 16))  # more tokens than count as decoding
-FLAT = jnp.ones((2, 17, 16))
-TABLE = jnp.ones((1, 2, 7, 16))
-IDS = jnp.ones((2, 17), jnp.int32)
+
+def filled(value: float, *shape: int) -> jax.Array:
+    """Return an array without compiling what fills it."""
+    return jnp.asarray(np.full(shape, value, np.float32))
+
+
+X = filled(1.0, 2, 17, 2, 16)  # more tokens than count as decoding
+FLAT, PER_HEAD = filled(1.0, 2, 17, 16), filled(1.0, 2)
+WEIGHTS = filled(1.0, 2, 17, 2, 1)
+DECAYS, HEAD_DECAYS, FLAT_DECAYS, GATES = (
+    filled(-1.0, 2, 17, *rest) for rest in ((2, 16), (2, 1), (16,), (2,))
+)
+TABLE = filled(1.0, 1, 2, 7, 16)
+IDS = jnp.asarray(np.ones((2, 17), np.int32))
+NARROW = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+WIDE = jax.ShapeDtypeStruct((2, 8), jnp.float32)
 LINEAR_STATE = init_linear_state(2, 2, 16, 16, with_total=False)
 DROPOUT = Dropout(0.1, jax.random.key(0))
 CALLS: dict[str, list[tuple[Any, tuple, dict[str, Any]]]] = {
     "attention": [
         (attention, (X, X, X), {"scale": 0.5}),
         (attention, (X, X, X), {"scale": 0.5, "segment_ids": IDS, "window": 3, "lag": 1}),
-        (attention, (X, X, X), {"scale": jnp.ones(2), "places": Places(*(IDS,) * 4)}),
+        (attention, (X, X, X), {"scale": PER_HEAD, "places": Places(*(IDS,) * 4)}),
         (attention, (X, X, X), {"scale": 0.5, "dropout": DROPOUT, "precision": "high"}),
     ],
     "gated_scan": [
-        (gated_scan, (FLAT, -FLAT), {}),
-        (gated_scan, (FLAT, -FLAT), {"initial_state": jnp.ones((2, 16)), "segment_ids": IDS}),
+        (gated_scan, (FLAT, FLAT_DECAYS), {}),
+        (
+            gated_scan,
+            (FLAT, FLAT_DECAYS),
+            {"initial_state": filled(1.0, 2, 16), "segment_ids": IDS},
+        ),
     ],
     "leaky_average": [
-        (leaky_average, (X, jnp.ones(2)), {"scaling": "scaled", "chunk_size": 4}),
+        (leaky_average, (X, PER_HEAD), {"scaling": "scaled", "chunk_size": 4}),
         (
             leaky_average,
-            (X, jnp.ones(2)),
+            (X, PER_HEAD),
             {
                 "scaling": "normalised",
                 "initial_state": init_leaky_state(2, 2, 16, scaling="normalised"),
@@ -66,22 +83,22 @@ CALLS: dict[str, list[tuple[Any, tuple, dict[str, Any]]]] = {
         (
             linear_attention,
             (X, X, X),
-            {"log_decay": -X[..., 0], "initial_state": LINEAR_STATE, "segment_ids": IDS},
+            {"log_decay": GATES, "initial_state": LINEAR_STATE, "segment_ids": IDS},
         ),
     ],
     "persistent_read": [
         (persistent_read, (X, TABLE, TABLE), {"scale": 0.5}),
-        (persistent_read, (X, TABLE, TABLE), {"scale": jnp.ones(2), "dropout": DROPOUT}),
+        (persistent_read, (X, TABLE, TABLE), {"scale": PER_HEAD, "dropout": DROPOUT}),
     ],
     "squared_attention": [
         (squared_attention, (X, X, X), {"with_total": True}),
-        (squared_attention, (X, X, X), {"log_decay": -X[..., 0], "segment_ids": IDS}),
+        (squared_attention, (X, X, X), {"log_decay": GATES, "segment_ids": IDS}),
     ],
     "weighted_average": [
-        (weighted_average, (X, X, -X), {"bonus": jnp.ones((2, 16))}),
+        (weighted_average, (X, X, DECAYS), {"bonus": filled(1.0, 2, 16)}),
         (
             weighted_average,
-            (X, X[..., :1], -X[..., :1]),
+            (X, WEIGHTS, HEAD_DECAYS),
             {"initial_state": init_weighted_state(2, 2, 16), "segment_ids": IDS},
         ),
     ],
@@ -114,7 +131,7 @@ def test_every_op_takes_xla_on_a_cpu_and_has_a_reference(op: str):
 
 
 def test_auto_on_a_cpu_says_what_it_picked_and_why_not_the_kernel(shiny: str):
-    choice = explain(shiny, jnp.ones((2, 4)))
+    choice = explain(shiny, NARROW)
     assert choice.implementation == "xla"
     assert choice.rejected[0].implementation == "pallas"
     assert "no GPU here" in choice.reason
@@ -122,50 +139,50 @@ def test_auto_on_a_cpu_says_what_it_picked_and_why_not_the_kernel(shiny: str):
 
 def test_auto_takes_the_kernel_on_a_gpu_where_its_conditions_are_met(shiny: str):
     with stand_in_gpu("NVIDIA H200"):
-        assert explain(shiny, jnp.ones((2, 4))).implementation == "pallas"
-        wide = explain(shiny, jnp.ones((2, 8)))
-        told = explain(shiny, jnp.ones((2, 4)), wide=True)
+        assert explain(shiny, NARROW).implementation == "pallas"
+        wide = explain(shiny, WIDE)
+        told = explain(shiny, NARROW, wide=True)
     assert (wide.implementation, told.implementation) == ("xla", "xla")
     assert wide.reason == "not pallas: width 8 is more than 4"
 
 
 def test_a_named_implementation_runs_because_it_was_named(shiny: str):
-    choice = explain(shiny, jnp.ones((2, 4)), implementation="pallas")
+    choice = explain(shiny, NARROW, implementation="pallas")
     assert choice.implementation == "pallas"
     assert choice.reason == "asked for by name; interpreted, as there is no GPU here"
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(shiny: str):
     with pytest.raises(KernelUnsupported, match=r"shiny cannot run .*'pallas': width 8 is more"):
-        resolve(shiny, "pallas", jnp.ones((2, 8)))
+        resolve(shiny, "pallas", WIDE)
     with pytest.raises(KernelUnsupported, match=r"'cudnn'.*It has pallas, xla, reference.*'auto'"):
         resolve(shiny, "cudnn")
 
 
 def test_what_is_recommended_can_run(shiny: str):
     with pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of xla, reference\.$"):
-        resolve(shiny, "pallas", jnp.ones((2, 8)))
+        resolve(shiny, "pallas", WIDE)
     declare(dispatch._OPS[shiny].call, cudnn=lambda q: "no", pallas=narrow_only, xla=None)
     with pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of xla\.$"):
-        resolve(shiny, "cudnn", jnp.ones((2, 4)))  # a kernel would only be interpreted here
+        resolve(shiny, "cudnn", NARROW)  # a kernel would only be interpreted here
     with (
         stand_in_gpu(),
         pytest.raises(KernelUnsupported, match=r"Use 'auto', or one of pallas, xla\.$"),
     ):
-        resolve(shiny, "cudnn", jnp.ones((2, 4)))
+        resolve(shiny, "cudnn", NARROW)
 
 
 def test_interpretation_is_announced_once(shiny: str):
     dispatch._warn_interpreted.cache_clear()
     with pytest.warns(UserWarning, match="interpreted.*a thousand times slower"):
-        resolve(shiny, "pallas", jnp.ones((2, 4)))
+        resolve(shiny, "pallas", NARROW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve(shiny, "pallas", jnp.ones((2, 4)))
+        resolve(shiny, "pallas", NARROW)
         dispatch._warn_interpreted.cache_clear()
-        resolve(shiny, "pallas", jnp.ones((2, 4)), interpret=True)
+        resolve(shiny, "pallas", NARROW, interpret=True)
         with stand_in_gpu():
-            resolve(shiny, "pallas", jnp.ones((2, 4)))
+            resolve(shiny, "pallas", NARROW)
 
 
 def test_symbolic_sizes_take_no_kernel_and_cannot_crash_the_choice(shiny: str):
@@ -190,20 +207,19 @@ def gpu_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu_process")
 def test_a_process_with_a_gpu_has_plain_jax_for_its_cpu(shiny: str):
-    q = jax.ShapeDtypeStruct((2, 4), jnp.float32)
-    choice = explain(shiny, q)
+    choice = explain(shiny, NARROW)
     assert (choice.implementation, choice.elsewhere) == ("pallas", "xla")
     assert (choice.kernel, choice.plain) == ("pallas", "xla")
     with jax.default_device(jax.devices("cpu")[0]):
-        choice = explain(shiny, q)
+        choice = explain(shiny, NARROW)
     assert (choice.implementation, choice.elsewhere) == ("xla", "pallas")
     assert choice.reason == "not pallas: code runs on the cpu here"
     # What stands on the CPU is computed there.
-    placed = jax.device_put(jnp.ones((2, 4)), jax.devices("cpu")[0])
+    placed = jax.device_put(np.ones((2, 4), np.float32), jax.devices("cpu")[0])
     assert explain(shiny, placed).implementation == "xla"
-    wide = explain(shiny, jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    wide = explain(shiny, WIDE)
     assert (wide.kernel, wide.plain, wide.elsewhere) == (None, "xla", None)
-    named = explain(shiny, q, implementation="pallas")
+    named = explain(shiny, NARROW, implementation="pallas")
     assert (named.kernel, named.plain) == ("pallas", None)
 
 
@@ -234,8 +250,9 @@ def test_explain_agrees_with_what_runs_under_transformations(transform: Any, pla
     def call(x: jax.Array) -> jax.Array:
         return leaky_average(x.reshape(-1, 40, 1, 16), jnp.ones(1))[0].reshape(x.shape)
 
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 40, 1, 16), (1,)))
     with jax.default_device(device):
-        expected = explain("leaky_average", jnp.ones((2, 40, 1, 16)), jnp.ones(1))
+        expected = explain("leaky_average", *shapes)
         with recording_choices() as choices:
             jax.eval_shape(transform(call), x)
     assert {c.implementation for c in choices} == {kernel} == {expected.implementation}
@@ -276,21 +293,28 @@ def test_the_context_is_part_of_what_jit_remembers(shiny: str):
 )
 def test_explain_takes_the_arguments_of_the_call_and_says_what_it_does(op: str, number: int):
     call, operands, options = CALLS[op][number]
-    with recording_choices() as choices:
-        jax.block_until_ready(call(*operands, **options))
-    assert explain(op, *operands, **options) == choices[0]
-    assert choices[0].implementation == "xla"
+
+    def trace() -> Any:
+        with recording_choices() as choices:
+            jax.eval_shape(lambda operands: call(*operands, **options), operands)
+        return choices[0]
+
+    choice = trace()
+    assert explain(op, *operands, **options) == choice
+    assert choice.implementation == "xla"
     for name in implementations(op):
         if name not in dispatch.KERNELS:
             assert explain(op, *operands, **options, implementation=name).implementation == name
-
-    def fresh(operands: Any) -> Any:
-        return call(*operands, **options)
-
-    with stand_in_gpu(), recording_choices() as choices:
-        jax.jit(fresh).trace(operands)
+    with stand_in_gpu():
+        choice = trace()
         explained = explain(op, *operands, **options)
-    assert (explained, explained.implementation) == (choices[0], "pallas")
+    assert (explained, explained.implementation) == (choice, "pallas")
+
+
+def test_explain_says_what_runs_without_a_trace():
+    with recording_choices() as choices:
+        jax.block_until_ready(gated_scan(FLAT, FLAT_DECAYS))
+    assert choices == [explain("gated_scan", FLAT, FLAT_DECAYS)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -303,13 +327,12 @@ def test_explain_takes_no_other_arguments_than_the_call(op: str):
 
 
 def test_choices_are_recorded_once_and_not_by_explain(shiny: str):
-    q = jnp.ones((2, 4))
     with recording_choices() as choices:
         for _ in range(2):
-            resolve(shiny, "auto", q)
-        explain(shiny, q, implementation="reference")
-        resolve(shiny, "reference", q)
-    resolve(shiny, "xla", q)
+            resolve(shiny, "auto", NARROW)
+        explain(shiny, NARROW, implementation="reference")
+        resolve(shiny, "reference", NARROW)
+    resolve(shiny, "xla", NARROW)
     assert [c.implementation for c in choices] == ["xla", "reference"]
     assert choices[1].reason == "asked for by name"
 

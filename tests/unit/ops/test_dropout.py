@@ -1,5 +1,7 @@
 """Dropout as a hash of the place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,19 @@ from pallas_kernels._dropout import dropout_seed, kept
 ROWS, COLUMNS = 500, 800
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def factors(key: jax.Array, rate: float) -> jax.Array:
+    rows, columns = jnp.arange(ROWS)[:, None], jnp.arange(COLUMNS)[None, :]
+    return kept(*dropout_seed(key), rows, columns, rate)
+
+
+@functools.cache
 def mask(seed: int, rate: float) -> np.ndarray:
-    low, high = dropout_seed(jax.random.key(seed))
-    factors = kept(low, high, jnp.arange(ROWS)[:, None], jnp.arange(COLUMNS)[None, :], rate)
+    """Return what is dropped."""
+    found = np.asarray(factors(jax.random.key(seed), rate))
     kept_factor = np.float32(1 / (1 - rate))
-    assert set(np.unique(factors)) <= {np.float32(0), kept_factor}
-    return np.asarray(factors) == 0
+    assert set(np.unique(found)) <= {np.float32(0), kept_factor}
+    return found == 0
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.9])
