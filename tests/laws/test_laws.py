@@ -26,6 +26,8 @@ DIM, BATCH, CHUNK = 32, 3, 4
 # without padding. Two further tokens go on with each row's last document.
 IDS = np.array([[0, 1, 1, 0, 1, 2, 2, 0, 2, 0, 0, 0], [1] * 3 + [0] * 9, [1] * 12])
 LENGTH, MORE = IDS.shape[1], 2
+ONE = np.ones_like(IDS)
+"""One document in each row."""
 CONTINUED = IDS.copy()
 CONTINUED[:, -MORE:] = [[2], [1], [1]]
 
@@ -132,19 +134,24 @@ class Case:
         return function
 
     @functools.cached_property
-    def parallel(self) -> Callable[..., Result]:
-        """Whole rows."""
-        return self.program(lambda m, x, _: (m(x, implementation="xla").y, None))
-
-    @functools.cached_property
-    def chunked(self) -> Callable[..., Result]:
-        """Whole rows chunk by chunk, on from a state."""
-        return self.program(lambda m, x, _: m(x, self.fresh(), form="chunked")[:2])
-
-    @functools.cached_property
     def packed(self) -> Callable[..., Result]:
-        """Whole rows of documents."""
+        """Rows of documents; one that fills its row is a whole row."""
         return self.program(lambda m, x, ids: (m(x, segment_ids=ids).y, None))
+
+    @functools.cached_property
+    def packed_chunks(self) -> Callable[..., Result]:
+        """Rows of documents chunk by chunk, on from a state."""
+        return self.program(
+            lambda m, x, ids: m(x, self.fresh(), segment_ids=ids, form="chunked")[:2]
+        )
+
+    def parallel(self, x: Any, **more: Any) -> Result:
+        """Whole rows."""
+        return self.packed(x, ONE[:, : x.shape[1]], **more)
+
+    def chunked(self, x: Any, **more: Any) -> Result:
+        """Whole rows chunk by chunk, on from a state."""
+        return self.packed_chunks(x, ONE, **more)
 
     @functools.cached_property
     def whole(self) -> Result:
@@ -216,13 +223,22 @@ def test_forms_agree(case: Case):
     chunked = case.chunked(case.x)
     assert_close(chunked.y, case.whole.y, FORWARD)
     assert_close(chunked.grads, case.whole.grads, case.gradient)
-    y, state = case.call(lambda m, x: stepwise(m, x, None, case.fresh()), case.x)
-    assert_close(y, case.whole.y, FORWARD)
-    assert_close(state, chunked.state, FORWARD)
+
+    def forms(mixer: Mixer, x: jax.Array) -> Any:
+        """Run forms without documents."""
+        chunks = mixer(x, case.fresh(), form="chunked")[:2]
+        return mixer(x, implementation="xla").y, chunks, stepwise(mixer, x, None, case.fresh())
+
+    plain, *others = case.call(forms, case.x)
+    assert_close(plain, case.whole.y, FORWARD)
+    for y, state in others:
+        assert_close(y, case.whole.y, FORWARD)
+        assert_close(state, chunked.state, FORWARD)
 
 
 @pytest.mark.law("forms")
 def test_implementations_agree(case: Case):
+    """The reference has no documents, and its gradients are those of rows of one."""
     reference = case.program(lambda m, x, _: (m(x, implementation="reference").y, None))
     plain = reference(case.x)
     assert_close(case.whole.y, plain.y, FORWARD)
@@ -273,12 +289,12 @@ def go_on(mixer: Mixer, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
 def test_packed_documents_equal_documents_alone(case: Case, mode: str):
     ids = CONTINUED if mode == "state" else IDS
     run = {
-        "parallel": case.packed,
-        "chunked": case.program(lambda m, x, ids: (m(x, segment_ids=ids, form="chunked").y, None)),
-        "step": case.program(lambda m, x, ids: stepwise(m, x, ids, case.fresh())),
-        "state": case.program(go_on),
+        "parallel": lambda: case.packed,
+        "chunked": lambda: case.packed_chunks,
+        "step": lambda: case.program(lambda m, x, ids: stepwise(m, x, ids, case.fresh())),
+        "state": lambda: case.program(go_on),
     }[mode]
-    found = run(case.x, ids)
+    found = run()(case.x, ids)
     y, grads = case.alone(ids)
     np.testing.assert_array_equal(found.y[ids == 0], 0.0)
     np.testing.assert_array_equal(found.grads[1][ids == 0], 0.0)
