@@ -1,6 +1,6 @@
 """The whole way through the command line: train, again, evaluate, sample; and being stopped.
 
-The way is gone once in processes of its own, and for further presets in this one.
+The way is gone once in processes of its own, and with another preset in this one.
 """
 
 import contextlib
@@ -66,22 +66,23 @@ def process(name, *args):
 
 
 def train_args(preset, text, folder, steps):
+    """Arguments of a small run, whose samples are longer than what the model sees at once."""
     args = ["--config", preset, "--data.path", text, "--run.dir", folder, "--run.steps", steps]
-    args += ["--optim.warmup-steps", 2, "--run.eval-every", 10, "--run.eval-batches", 2]
-    return [*args, "--run.sample-tokens", 20]
+    args += ["--model.depth", 1, "--model.context-len", 16, "--optim.warmup-steps", 2]
+    args += ["--run.eval-every", 10, "--run.eval-batches", 2]
+    return [*args, "--run.samples", 4, "--run.sample-tokens", 20]
 
 
-@pytest.mark.parametrize("preset", ["mm_tiny", "gpt_tiny"])
-def test_train_evaluate_sample(preset, text, tmp_path):
+def test_train_evaluate_sample(text, tmp_path):
     run = tmp_path / "run"
-    args = train_args(preset, text, run, 30)
+    args = train_args("mm_tiny", text, run, 30)
     out = verb("train", *args)
     assert "Finished at step 30" in out
     assert all((run / name).stat().st_size for name in FILES)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 0.5
-    assert (run / "samples.txt").read_text().count("--- sample") == 3
+    assert (run / "samples.txt").read_text().count("--- sample") == 4
 
     # Killed between the last update and the products: the same command makes them, the same ones.
     samples, card = (run / "samples.txt").read_text(), (run / "run.md").read_text()
@@ -99,34 +100,17 @@ def test_train_evaluate_sample(preset, text, tmp_path):
     assert found["loss_ci95"][0] < found["loss"] < found["loss_ci95"][1]
     assert found["step"] == 30
 
-    sample = ["--run", run, "--prompt", "To be", "--max-new-tokens", 100, "--seed", 3]
-    out = verb("sample", *sample)
+    out = verb("sample", "--run", run, "--prompt", "To be", "--max-new-tokens", 100, "--seed", 3)
     assert re.fullmatch(r"To be(.|\n){100}\n", out)
-    several = verb("sample", *sample, "--prompt", "", "--num-samples", 2)
-    assert several.count("--- prompt") == 4
-    assert out in several  # the first row of a batch equals itself alone
     assert "'#'" in verb("sample", "--run", run, "--prompt", "#", code=2)
-
-
-@pytest.mark.parametrize("name", ["softmax", "gated", "linear", "mamba2", "2mamba", "2mamba_e"])
-def test_two_mamba_trains_and_samples(name, text, tmp_path):
-    run = tmp_path / "run"
-    args = train_args(f"two_mamba_{name}_tiny", text, run, 20)
-    out = verb("train", *args, "--run.samples", 1, "--model.depth", 1)
-    assert "Finished at step 20" in out
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    assert losses[-1] < losses[0] - 0.5
-    head, drawn = (run / "samples.txt").read_text().split("\n", 1)
-    assert (head, len(drawn)) == ("--- sample 1 ---", 20 + len("\n\n"))
 
 
 def test_mixer_flag_saved_config_and_folder_of_another_run(text, tmp_path):
     run = tmp_path / "run"
     args = train_args("gpt_tiny", text, run, 4)
-    verb("train", *args, "--mixer", "contextual_memory", "--run.samples", 0)
+    verb("train", *args, "--mixer", "mlp", "--run.samples", 0)
     saved = json.loads((run / "config.json").read_text())
-    assert saved["model"]["mixer"]["kind"] == "contextual_memory"
+    assert saved["model"]["mixer"]["kind"] == "mlp"
     out = verb("train", "--config", run / "config.json")
     assert "already finished at step 4" in out
     err = verb("train", *args, code=2)
@@ -136,19 +120,19 @@ def test_mixer_flag_saved_config_and_folder_of_another_run(text, tmp_path):
 
 def test_preempted_run_exits_with_75_and_is_evaluated_and_sampled(text, tmp_path):
     run = tmp_path / "run"
-    with process("train", *train_args("mm_tiny", text, run, 100_000)) as training:
+    with process("train", *train_args("gpt_tiny", text, run, 100_000)) as training:
         _wait_for(run / "metrics.jsonl", training)
         training.send_signal(signal.SIGTERM)
         training.communicate(timeout=60)
     assert training.returncode == 75
     assert not (run / "run.md").exists()
-    prompt = ["--prompt", "To be", "--max-new-tokens", 100]
+    prompt = ["--prompt", "To be", "--max-new-tokens", 10]
     # Both at once, as nothing keeps users from it.
     with process("evaluate", "--run", run) as one, process("sample", "--run", run, *prompt) as two:
         evaluated, sampled = one.communicate(timeout=120)[0], two.communicate(timeout=120)[0]
     assert (one.returncode, two.returncode) == (0, 0)
     assert "best checkpoint" in evaluated
-    assert re.fullmatch(r"To be(.|\n){100}\n", sampled)
+    assert re.fullmatch(r"To be(.|\n){10}\n", sampled)
 
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -9,14 +9,13 @@ from flax import nnx
 
 
 def parameter_count(model: Any) -> int:
-    """Count from shapes; the blocks of a decoder are alike, so two of them tell what all have."""
+    """Count from shapes; the blocks of a decoder are alike, so the second tells what more have."""
     depth = getattr(model, "depth", 0)
-    if depth <= 2:
-        return _count(model)
-    one, two = (_count(dataclasses.replace(model, depth=few)) for few in (1, 2))
-    return one + (depth - 1) * (two - one)
+    built = dataclasses.replace(model, depth=2) if depth > 2 else model
+    state = nnx.state(nnx.eval_shape(lambda: built.build(nnx.Rngs(0))))
+    total = _count(state)
+    return total + (depth - 2) * _count(state["blocks"][1]) if depth > 2 else total
 
 
-def _count(model: Any) -> int:
-    built = nnx.eval_shape(lambda: model.build(nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(built)))
+def _count(state: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))

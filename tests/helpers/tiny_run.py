@@ -1,8 +1,11 @@
 """A tiny model and a tiny run, for tests of training that must compile fast."""
 
 import dataclasses
+import importlib
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+import jaxmem.cache
+from jaxmem.backbones.base import ModelConfig, register_model
 from jaxmem.backbones.decoder import DecoderConfig
 from jaxmem.data.config import DataConfig
 from jaxmem.mixers.attention import AttentionConfig
@@ -25,8 +30,12 @@ from jaxmem.training.stopping import EXIT_PREEMPTED
 
 VOCAB = 11
 
-KILL_RUN = {"steps": 60, "eval_every": 2, "log_every": 3}
+KILL_RUN = {"steps": 30, "eval_every": 2, "log_every": 3}
 """Checkpoints so often that most of the time is spent writing them."""
+
+# A start of a run compiles what the start before it did, in functions of its own: programs that
+# compile faster than the cache usually cares for, but often.
+jaxmem.cache.MIN_COMPILE_SECONDS = 0.05
 
 TINY_MODEL = DecoderConfig(
     context_len=8,
@@ -35,11 +44,6 @@ TINY_MODEL = DecoderConfig(
     mixer=AttentionConfig(num_heads=2, dropout=0.1),
     feed_forward=MLPConfig(),
 )
-
-LIGHT_MODEL = DecoderConfig(
-    context_len=8, dim=8, depth=1, dropout=0.1, mixer=MLPConfig(), feed_forward=None
-)
-"""For tests of the loop around a model, which need nothing of it but dropout."""
 
 
 class Output(NamedTuple):
@@ -67,14 +71,15 @@ class TinyModel(nnx.Module):
         self,
         rngs: nnx.Rngs,
         *,
+        vocab: int = VOCAB,
         dim: int = 8,
-        depth: int = 3,
+        depth: int = 2,
         dropout: float = 0.0,
         aux: bool = False,
     ):
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (VOCAB, dim)))
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (vocab, dim)))
         self.layers = nnx.List([Layer(dim, rngs, dropout) for _ in range(depth)])
-        self.head = nnx.Linear(dim, VOCAB, rngs=rngs)
+        self.head = nnx.Linear(dim, vocab, rngs=rngs)
         self.aux = aux
 
     def __call__(
@@ -86,6 +91,23 @@ class TinyModel(nnx.Module):
         size = jnp.mean(jnp.square(x))
         aux = {"loss_size": 0.1 * size, "size": size} if self.aux else {}
         return Output(self.head(x), None, aux)
+
+
+@register_model("light")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LightConfig(ModelConfig):
+    """For tests of the loop around a model, which need nothing of it but dropout."""
+
+    vocab_size: int = 0
+    depth: int = 1
+    dropout: float = 0.1
+
+    def build(self, rngs: nnx.Rngs, compute_dtype: Any = jnp.float32) -> TinyModel:
+        """Build it; all runs of it compute in float32."""
+        return TinyModel(rngs, vocab=self.vocab_size, depth=self.depth, dropout=self.dropout)
+
+
+LIGHT_MODEL = LightConfig(context_len=8)
 
 
 def tiny_batch(rows: int, *, length: int = 5, seed: int = 0, scored: float = 1.0) -> dict[str, Any]:
@@ -138,7 +160,30 @@ def saved_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
+def serve() -> None:
+    """Train the run of the kill tests in a child for each folder that is named on stdin.
+
+    What a run needs is imported here once, but JAX is used by the children only: a process with its
+    threads could not fork. A child says its process id at first, this process its exit code.
+    """
+    for name in ("cattrs", "tensorboardX", "pallas_kernels"):  # which a run imports when it begins
+        importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os._exit(_train_to_be_killed(Path(line.strip())))
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _train_to_be_killed(folder: Path) -> int:
+    try:
+        print("pid", os.getpid(), flush=True)
+        result = train(tiny_run(folder, run=KILL_RUN, model=LIGHT_MODEL), command=sys.argv)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return EXIT_PREEMPTED if result.stopped == "preempted" else 0
+
+
 if __name__ == "__main__":
-    # The run of the kill tests: `python -m tests.helpers.tiny_run FOLDER`.
-    result = train(tiny_run(Path(sys.argv[1]), run=KILL_RUN), command=sys.argv)
-    sys.exit(EXIT_PREEMPTED if result.stopped == "preempted" else 0)
+    serve()

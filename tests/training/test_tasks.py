@@ -30,14 +30,14 @@ from jaxmem.tasks.language_modeling import LanguageModelingConfig
 from jaxmem.training.config import RunConfig, from_json, to_dict, to_json
 from jaxmem.training.loop import Loop
 from jaxmem.training.run import train
-from tests.helpers.tiny_run import TINY_MODEL, rows, saved_arrays, tiny_run, with_run
+from tests.helpers.tiny_run import LIGHT_MODEL, rows, saved_arrays, tiny_run, with_run
 
 PROMPT = PromptShape(min_strings=2, max_strings=3, max_length=3)
 TASK = InContextConfig(automata=20, test_prompts=16, max_nodes=3, prompt=PROMPT)
 
 
 def in_context(folder):
-    return tiny_run(folder, task=TASK, data=DataConfig(batch_size=8))
+    return tiny_run(folder, model=LIGHT_MODEL, task=TASK, data=DataConfig(batch_size=8))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,20 +172,20 @@ def whole(tmp_path_factory):
     return config
 
 
-@pytest.mark.parametrize("step", [5, 8])
-def test_a_killed_synthetic_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch, step):
+def test_a_killed_synthetic_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     config = in_context(tmp_path / "run")
     update = Loop._update
+    for step in (5, 8):  # after a checkpoint, and where one was just written
 
-    def stopping(self):
-        if self.step == step:
-            raise KeyboardInterrupt
-        update(self)
+        def stopping(self, step=step):
+            if self.step == step:
+                raise KeyboardInterrupt
+            update(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_update", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_update", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
     assert train(config).stopped == "finished"
     assert rows(config.run.folder) == rows(whole.run.folder)
     want, got = (saved_arrays(c.run.folder, 12) for c in (whole, config))
@@ -197,19 +197,13 @@ def test_a_killed_synthetic_run_equals_an_uninterrupted_one(whole, tmp_path, mon
 def test_micro_batches_add_up_to_the_same_metrics(whole, tmp_path):
     parts = dataclasses.replace(whole.optim, accumulate=2)
     config = dataclasses.replace(in_context(tmp_path / "run"), optim=parts)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(TINY_MODEL, mixer=dropless(TINY_MODEL.mixer))
-    )
+    config = dataclasses.replace(config, model=dataclasses.replace(LIGHT_MODEL, dropout=0.0))
     one = with_run(dataclasses.replace(config, optim=whole.optim), dir=str(tmp_path / "one"))
     for run in (one, config):
         train(with_run(run, steps=1, log_every=1))
     first, second = (rows(run.run.folder)[1] for run in (one, config))
     for name in ("train_loss", "grad_norm", "aux/accuracy", "aux/tvd"):
         np.testing.assert_allclose(second[name], first[name], rtol=1e-5)
-
-
-def dropless(mixer):
-    return dataclasses.replace(mixer, dropout=0.0)
 
 
 def test_verbs_that_need_a_text_say_so_and_evaluate_repeats_the_training_numbers(whole, capsys):

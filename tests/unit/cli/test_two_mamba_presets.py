@@ -5,14 +5,13 @@ import gzip
 import json
 import random
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
 
 import configs
-from experiments import cli, evaluate, sample
+from experiments import cli, evaluate
 from jaxmem.backbones.base import with_vocabulary
 from jaxmem.data.pipeline import batches, load_corpus
 from jaxmem.data.shards import HoldOut
@@ -24,6 +23,7 @@ from jaxmem.mixers.swiglu import SwiGLUConfig
 from jaxmem.reports.runs import read_metrics
 from jaxmem.training.optim import learning_rate
 from jaxmem.training.run import train
+from tests.helpers.drawn import drawn
 from tests.helpers.parameter_count import parameter_count
 
 KINDS = ("softmax", "gated", "linear", "mamba2", "2mamba", "2mamba_e")
@@ -85,20 +85,18 @@ def test_the_recipe_is_the_papers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_models_learn_from_every_token(kind):
-    preset = configs.load(f"two_mamba_{kind}_tiny").model
-    model = with_vocabulary(preset, 11, owner="tokenizer").build(nnx.Rngs(0))
-
-    @jax.jit
-    def run(model, tokens):
-        return model(tokens).logits
-
-    tokens = jnp.arange(24).reshape(2, 12) % 11
-    logits = run(model, tokens)
+    preset = dataclasses.replace(configs.load(f"two_mamba_{kind}_tiny").model, depth=1)
+    config = with_vocabulary(preset, 11, owner="tokenizer")
+    model = drawn(lambda: config.build(nnx.Rngs(0)), spread=0.2)
+    run = nnx.jit(lambda model, tokens: model(tokens).logits)
+    tokens = np.arange(24).reshape(2, 12) % 11
+    logits = np.asarray(run(model, tokens))
     assert logits.shape == (2, 12, 11)
-    assert jnp.isfinite(logits).all()
-    changed = run(model, tokens.at[:, 6].add(1))
-    assert jnp.array_equal(changed[:, :6], logits[:, :6])
-    assert not jnp.allclose(changed[:, 6], logits[:, 6])
+    assert np.isfinite(logits).all()
+    tokens[:, 6] += 1
+    changed = np.asarray(run(model, tokens))
+    np.testing.assert_array_equal(changed[:, :6], logits[:, :6])
+    assert not np.allclose(changed[:, 6], logits[:, 6])
 
 
 def test_fields_may_be_overridden():
@@ -184,9 +182,6 @@ def test_the_recipe_trains_on_compressed_documents(capsys, tmp_path, llama_like)
     assert evaluate.main(["--run", str(tmp_path / "run")]) == 0
     count = len(corpus.documents("validation"))
     assert f" tokens in {count} documents of at most 32" in capsys.readouterr().out
-    prompt = ["--prompt", "Tim", "--num-samples", "2", "--max-new-tokens", "5"]
-    assert sample.main(["--run", str(tmp_path / "run"), *prompt]) == 0
-    assert capsys.readouterr().out.count("--- prompt 1, sample") == 2
 
 
 def test_without_a_text_or_a_vocabulary_it_says_so(tmp_path, monkeypatch):

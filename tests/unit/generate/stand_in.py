@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -31,12 +32,16 @@ class StandIn(nnx.Module):
     Positions make a restart visible: the same tokens give other logits at another place.
     """
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config, *, seed=13):  # with 13 texts are long, and stop at different places
         self.config = config
-        width = 16
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, width)))
-        self.place = nnx.Param(jax.random.normal(rngs.params(), (config.context_len, width)))
-        self.head = nnx.Param(0.2 * jax.random.normal(rngs.params(), (width, config.vocab_size)))
+        rng, width = np.random.default_rng(seed), 16
+
+        def normal(*shape, scale=1.0):
+            return nnx.Param(jax.device_put(np.float32(scale * rng.normal(size=shape))))
+
+        self.embed = normal(config.vocab_size, width)
+        self.place = normal(config.context_len, width)
+        self.head = normal(width, config.vocab_size, scale=0.2)
 
     def init_state(self, batch, *, max_len=None, dtype=None):
         del max_len, dtype

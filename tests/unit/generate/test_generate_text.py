@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxmem.data.tokenizers import ByteTokenizer, CharTokenizer
 from jaxmem.errors import ConfigError, DataError
@@ -19,7 +18,7 @@ ARGS = {"max_new_tokens": 60, "sampling": Sampling(temperature=1.5), "key": jax.
 
 @pytest.fixture(scope="module")
 def model():
-    return StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+    return StandIn(StandInConfig())
 
 
 def pieces_and_texts(model, stop=()):

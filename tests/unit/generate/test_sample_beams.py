@@ -1,7 +1,8 @@
-"""The verb `sample` with beams: what it prints, and what it refuses."""
+"""The verb `sample`, drawing and with beams: what it prints, and what it refuses."""
+
+import re
 
 import pytest
-from flax import nnx
 
 import configs
 from experiments import cli, sample
@@ -16,7 +17,7 @@ class Run:
     """As much of a loaded run as sampling uses."""
 
     config = configs.load("mm_tiny")
-    model = StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+    model = StandIn(StandInConfig())
     tokenizer = TOKENIZER
 
 
@@ -35,6 +36,16 @@ def call(capsys, monkeypatch, tmp_path):
 
 def search(prompt, **kwargs):
     return search_text(Run.model, TOKENIZER, prompt, beams=3, max_new_tokens=8, **kwargs)
+
+
+def test_several_samples_of_several_prompts_and_the_first_one_alone(call):
+    args = ("--prompt", "ab", "--seed", "3")
+    code, out, _ = call(*args, "--prompt", "", "--num-samples", "2")
+    titles = [f"--- prompt {p}, sample {s} ---" for p in (1, 2) for s in (1, 2)]
+    assert (code, re.findall("--- .* ---", out)) == (0, titles)
+    code, alone, _ = call(*args)
+    assert (code, len(alone)) == (0, len("ab") + 8 + len("\n"))
+    assert f"{titles[0]}\n{alone}\n{titles[1]}\n" in out  # a row of a batch equals itself alone
 
 
 def test_the_likeliest_text_is_printed_alone(call):

@@ -4,9 +4,8 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
 
 import configs
 from jaxmem.data.tokenizers import CharTokenizer
@@ -29,7 +28,7 @@ ROWS = [
 
 @pytest.fixture
 def model():
-    return StandIn(StandInConfig(), rngs=nnx.Rngs(0))
+    return StandIn(StandInConfig())
 
 
 @pytest.fixture
@@ -72,15 +71,17 @@ def test_plot_is_a_picture_with_the_curves(tmp_path, rows):
     loss_plot(rows, path, title="a run")
     pixels = imread(path)
     assert pixels.shape[:2] == (540, 840)
-    orange = jnp.asarray([255, 127, 14]) / 255  # the colour of the validation curve
+    orange = np.array([255, 127, 14]) / 255  # the colour of the validation curve
     drawn = (abs(pixels[..., :3] - orange) < 0.02).all(-1).sum()
     assert drawn > 200 if rows else drawn == 0
 
 
 def test_checksum_depends_on_every_parameter_only(model):
     first = parameter_checksum(model)
-    assert first == parameter_checksum(StandIn(StandInConfig(), rngs=nnx.Rngs(0)))
-    model.place[...] = model.place[...].at[3, 2].add(1e-6)
+    assert first == parameter_checksum(StandIn(StandInConfig()))
+    place = np.array(model.place[...])
+    place[3, 2] += 1e-6
+    model.place[...] = place
     assert parameter_checksum(model) != first
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def logits_of(*rows):
     for position, row in enumerate(rows):
         for symbol, probability in row.items():
             out[0, position, symbol] = np.log(probability) + position  # softmax forgets a shift
-    return jnp.asarray(out)
+    return out
 
 
 def test_accuracy_and_distance_by_hand():
@@ -54,11 +55,12 @@ def test_accuracy_and_distance_by_hand():
         {5: 0.75, 17: 0.25},  # legal {17}: wrong, ½(0.75 + 0.75)
         {3: 1.0},  # padding
     )
-    legal = jnp.asarray([[0b11, 0b11, 1 << 17, 1 << 17, 0]])
-    right, distance = legality_sums(logits, legal)
+    legal = np.array([[0b11, 0b11, 1 << 17, 1 << 17, 0]], np.int32)
+    right, distance = jax.jit(legality_sums)(logits, legal)
     assert right == 2
     np.testing.assert_allclose(distance, 0 + 0.5 + 1 + 0.75, rtol=1e-6)
-    assert legality_sums(logits.astype(jnp.bfloat16), legal)[1].dtype == jnp.float32
+    half = jax.ShapeDtypeStruct(logits.shape, jnp.bfloat16)
+    assert jax.eval_shape(legality_sums, half, legal)[1].dtype == jnp.float32
 
 
 def test_loss_counts_real_tokens_and_metrics_are_means_over_them():
@@ -70,7 +72,7 @@ def test_loss_counts_real_tokens_and_metrics_are_means_over_them():
         seen.append(rngs)
         return SimpleNamespace(logits=jnp.zeros((*tokens.shape, VOCABULARY)), aux={"a": 1.0})
 
-    out = task.loss(model, batch)
+    out = jax.jit(lambda batch: task.loss(model, batch))(batch)
     assert seen == [None]
     real = batch["targets"] >= 0
     assert out.count == real.sum() < real.size

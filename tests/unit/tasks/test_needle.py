@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,44 +22,60 @@ from jaxmem.generate.prefill import with_context
 from jaxmem.generate.sampling import Sampling
 from jaxmem.generate.text import generate_text
 from jaxmem.interop.attention_types import from_name
+from jaxmem.mixers.attention import AttentionConfig
 from jaxmem.tasks import needle
 from jaxmem.tasks.needle import NEW_TOKENS, NeedleConfig
 from jaxmem.training.model import LoadedRun
+from tests.helpers.drawn import drawn
 
 CONFIG = NeedleConfig(lengths=(60, 90), depths=(0.0, 0.5, 1.0), test_prompts=4)
 MODEL = DecoderConfig(
     context_len=70,
     dim=8,
     depth=1,
-    mixer=from_name("2mamba", num_heads=2),
+    mixer=AttentionConfig(num_heads=2),
     feed_forward=None,
     init="uniform",
 )
 OPTIONS = {"batch_size": 6, "seed": 0, "process_index": 0, "process_count": 1}
 
 
-class Oracle(nnx.Module):
-    """Knows the targets of one batch, but for some rows."""
+def untrained(task: Any) -> Any:
+    return drawn(lambda: task.model.build(nnx.Rngs(0)), spread=0.2)
 
-    def __init__(self, targets: Any, wrong_rows: int = 0):
-        wanted = jnp.where(jnp.arange(len(targets))[:, None] < wrong_rows, targets + 1, targets)
-        self.logits = nnx.data(20.0 * jax.nn.one_hot(wanted, TOKENIZER.vocab_size + 1))
+
+class Oracle(nnx.Module):
+    """Says what it is told."""
+
+    def __init__(self, logits: jax.Array):
+        self.logits = nnx.data(logits)
 
     def __call__(self, tokens: jax.Array, **_: Any) -> Any:
         del tokens
         return SimpleNamespace(logits=self.logits, aux={})
 
 
+def loss_of(task: Any) -> Callable[[np.ndarray, dict[str, np.ndarray]], Any]:
+    """Return the loss of a model that expects these targets of a batch."""
+    compute = jax.jit(lambda logits, batch: task.loss(Oracle(logits), batch))
+
+    def loss(expected: np.ndarray, batch: dict[str, np.ndarray]) -> Any:
+        one_hot = expected[..., None] == np.arange(TOKENIZER.vocab_size + 1)
+        return jax.device_get(compute(np.float32(20 * one_hot), batch))
+
+    return loss
+
+
 def test_loss_and_accuracy_are_of_the_characters_of_answers():
     task = CONFIG.open(MODEL, DataConfig())
     assert task.model.vocab_size == TOKENIZER.vocab_size
     batch = next(task.batches("train", **OPTIONS))
-    scored = np.sum(batch["targets"] >= 0, axis=1)
-    right = task.loss(Oracle(batch["targets"]), batch)
+    scored, loss = np.sum(batch["targets"] >= 0, axis=1), loss_of(task)
+    right = loss(batch["targets"], batch)
     assert int(right.count) == np.sum(scored) >= 6 * ANSWER
     assert float(right.total) < 1e-3
     assert float(right.aux["accuracy"]) == 1.0
-    wrong = task.loss(Oracle(batch["targets"], wrong_rows=2), batch)
+    wrong = loss(batch["targets"] + (np.arange(6) < 2)[:, None], batch)
     share = np.sum(scored[2:]) / np.sum(scored)
     assert float(wrong.aux["accuracy"]) == pytest.approx(share)
 
@@ -67,15 +83,13 @@ def test_loss_and_accuracy_are_of_the_characters_of_answers():
 def test_micro_batches_add_up_to_the_same_accuracy():
     task = CONFIG.open(dataclasses.replace(MODEL, context_len=200), DataConfig())
     batch = next(task.batches("train", **OPTIONS))
-    scored = np.sum(batch["targets"] >= 0, axis=1)
+    scored, loss = np.sum(batch["targets"] >= 0, axis=1), loss_of(task)
     assert len(set(scored)) > 2  # else any mean over rows would do
-    batch["wrong"] = np.array([1, 0, 1, 0, 0, 0])
+    expected = batch["targets"] + np.array([1, 0, 1, 0, 0, 0])[:, None]
 
     def sums(rows: slice) -> np.ndarray:
-        part = {name: array[rows] for name, array in batch.items()}
-        targets = part["targets"] + part["wrong"][:, None]
-        loss = task.loss(Oracle(targets), part)
-        return np.array([loss.aux["accuracy"] * loss.count, loss.count])
+        found = loss(expected[rows], {name: array[rows] for name, array in batch.items()})
+        return np.array([found.aux["accuracy"] * found.count, found.count])
 
     whole = sums(slice(6))
     for size in (1, 2, 3):
@@ -99,8 +113,8 @@ def test_batches_are_a_function_of_their_number():
 
 
 def test_prompts_beyond_the_context_are_read_whole():
-    config = CONFIG.open(MODEL, DataConfig()).model
-    model = config.build(nnx.Rngs(0))
+    recurrent = dataclasses.replace(MODEL, mixer=from_name("linear", num_heads=2))
+    model = untrained(CONFIG.open(recurrent, DataConfig()))
     prompt = draw_prompt(np.random.default_rng(0), 90, 0.0)
 
     @jax.jit
@@ -137,7 +151,7 @@ def test_finish_scores_every_length_and_depth(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(needle, "generate_text", stand_in)
     task = CONFIG.open(MODEL, DataConfig())
-    model = task.model.build(nnx.Rngs(0))
+    model = untrained(task)
     (text,) = task.finish(model, SimpleNamespace(folder=tmp_path), jax.random.key(0))
     assert asked == [(4, 60)] * 3 + [(4, 90)] * 3
     result = json.loads((tmp_path / "needle.json").read_text())
@@ -159,8 +173,7 @@ def test_learned_positions_end_somewhere(tmp_path: Path):
     config = dataclasses.replace(CONFIG, lengths=(61, 62), depths=(0.0, 0.5), test_prompts=2)
     model = dataclasses.replace(MODEL, positions="learned")
     task = config.open(model, DataConfig())
-    untrained = task.model.build(nnx.Rngs(0))
-    (text,) = task.finish(untrained, SimpleNamespace(folder=tmp_path), jax.random.key(0))
+    (text,) = task.finish(untrained(task), SimpleNamespace(folder=tmp_path), jax.random.key(0))
     assert "| 62 | fails | fails |" in text
     accuracy = json.loads((tmp_path / "needle.json").read_text())["accuracy"]
     assert None not in accuracy[0]
@@ -169,9 +182,9 @@ def test_learned_positions_end_somewhere(tmp_path: Path):
 
 def test_a_model_of_nan_is_an_error_and_no_failure_to_read(tmp_path: Path):
     task = CONFIG.open(MODEL, DataConfig())
-    model = task.model.build(nnx.Rngs(0))
+    model = untrained(task)
     table = model.embedding.table
-    table[...] = jnp.full_like(table[...], jnp.nan)
+    table[...] = np.full(table.shape, np.nan, np.float32)
     with pytest.raises(NonFiniteLoss):
         task.finish(model, SimpleNamespace(folder=tmp_path), jax.random.key(0))
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import pytest
 from flax import nnx
 
 import configs
-from jaxmem.backbones.three_moons import ThreeMoonsConfig
+from jaxmem.backbones.three_moons import ThreeMoons, ThreeMoonsConfig
 from jaxmem.data.config import DataConfig
 from jaxmem.data.three_moons import windows
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.tasks.three_moons import ThreeMoonsTask, ThreeMoonsTaskConfig, clipped_square_sum
 from jaxmem.training.config import RunConfig, from_json, to_json
+from tests.helpers.drawn import drawn
 
 PRESETS = [name for name in configs.names() if name.startswith("three_moons_")]
 
@@ -25,21 +27,25 @@ def opened(context_len: int = 20, **fields: object) -> ThreeMoonsTask:
     return ThreeMoonsTaskConfig(**fields).open(model, DataConfig(batch_size=4))
 
 
+def untrained(task: ThreeMoonsTask) -> Any:
+    return drawn(lambda: task.model.build(nnx.Rngs(0)), spread=0.2)
+
+
 def test_loss_is_the_mean_clipped_square():
-    y = jnp.array([[[0.1, 0.0], [2.0, -0.3]]])
-    total, count = clipped_square_sum(y, jnp.zeros_like(y))
+    y = np.float32([[[0.1, 0.0], [2.0, -0.3]]])
+    total, count = jax.jit(clipped_square_sum)(y, np.zeros_like(y))
     assert (float(total), int(count)) == (pytest.approx((0.01 + 0.25 + 0.09) / 2), 2)
 
 
 def test_residuals_beyond_the_clip_have_no_gradient():
-    y = jnp.array([[[0.4, 0.6], [-0.7, -0.2]]])
-    grad = jax.grad(lambda y: clipped_square_sum(y, jnp.zeros_like(y))[0])(y)
+    y = np.float32([[[0.4, 0.6], [-0.7, -0.2]]])
+    grad = jax.jit(jax.grad(lambda y: clipped_square_sum(y, jnp.zeros_like(y))[0]))(y)
     np.testing.assert_allclose(grad, [[[0.4, 0.0], [0.0, -0.2]]], rtol=1e-6)
 
 
 def test_parts_of_a_batch_add_up():
     task = opened()
-    model = task.model.build(nnx.Rngs(0))
+    model = untrained(task)
     batch = next(task.batches("train", batch_size=4, seed=1, process_index=0, process_count=1))
     loss = jax.jit(lambda batch: task.loss(model, batch))
     whole = loss(batch)
@@ -122,13 +128,18 @@ def test_window_that_does_not_fit_on_the_grid_is_refused_before_anything_is_writ
         opened(5000)
 
 
-def test_finish_writes_every_product_and_is_deterministic(tmp_path: Path):
+def test_finish_writes_every_product_and_is_deterministic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # One program instead of one for each of its operations.
+    monkeypatch.setattr(ThreeMoons, "attention_weights", nnx.jit(ThreeMoons.attention_weights))
+
     class Run:
         folder = tmp_path
         samples = sample_tokens = 0
 
     task = opened(starts=2, horizon=3, expect="orbit")
-    model = task.model.build(nnx.Rngs(0))
+    model = untrained(task)
     (text,) = task.finish(model, Run(), jax.random.key(0))
     files = [tmp_path / name for name in task.config.products]
     first = [path.read_bytes() for path in files]
