@@ -9,6 +9,7 @@ budget by half, and `--budget write` makes the run that ends the new budget.
 import json
 import math
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ MARGIN = 1.5
 as their workers have it; processors differ more."""
 LEAST_SECONDS = 4
 """What any folder may cost: the first one to need a package pays for its import."""
+SEVERAL = 5
+"""Of how many folders at least a run says how fast its machine is."""
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
@@ -47,9 +50,24 @@ def folder_of(item: pytest.Item) -> str:
     return item.path.parent.relative_to(BUDGET.parent).as_posix()
 
 
+def slowness(costs: Mapping[str, Cost], budget: Mapping[str, Cost]) -> float:
+    """Return how many times as long half of the folders take as in their budget; at least 1.
+
+    A machine that is slower, or busy, is so for all folders.
+    """
+    ratios = [
+        costs[folder].seconds / budget[folder].seconds for folder in costs if folder in budget
+    ]
+    return max(1.0, statistics.median(ratios)) if len(ratios) >= SEVERAL else 1.0
+
+
 def excesses(costs: Mapping[str, Cost], budget: Mapping[str, Cost]) -> list[str]:
-    """Return a line for each folder that exceeds its budget by half or has none."""
-    lines = []
+    """Return a line for each folder that exceeds its budget by half or has none.
+
+    Seconds are those of the machine of the budget.
+    """
+    lines, slower = [], slowness(costs, budget)
+    costs = {folder: cost._replace(seconds=cost.seconds / slower) for folder, cost in costs.items()}
     for folder, cost in sorted(costs.items()):
         if folder not in budget:
             lines.append(f"{folder} has no budget.")

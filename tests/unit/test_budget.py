@@ -44,6 +44,16 @@ def test_half_more_than_the_budget_is_allowed(cost: Cost, words: list[str]):
     assert all(word in line for word, line in zip(words, lines, strict=True))
 
 
+def test_a_slow_machine_is_no_excess_and_hides_none():
+    allowed = {f"folder {n}": Cost(10.0, 5) for n in range(budget.SEVERAL)}
+    slow = {folder: Cost(30.0, 5) for folder in allowed}
+    assert budget.excesses(slow, allowed) == []
+    [line] = budget.excesses(slow | {"folder 1": Cost(46.0, 5)}, allowed)
+    assert line.startswith("folder 1: 15 seconds, budget 10")
+    few = dict(list(slow.items())[1:])
+    assert len(budget.excesses(few, allowed)) == len(few)  # too few to tell
+
+
 def test_a_folder_without_a_budget_exceeds_it():
     assert budget.excesses({"new": Cost()}, ALLOWED) == ["new has no budget."]
 

@@ -35,10 +35,12 @@ DIM = 12
 def make(config: Any, dim: int = DIM) -> Mixer:
     mixer = build(config, dim, init=uniform_init(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(mixer)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, moved))
+    draw = np.random.default_rng(1)
+
+    def moved(p: jax.Array) -> jax.Array:
+        return jnp.asarray(np.float32(p + 0.3 * draw.normal(size=p.shape)))
+
+    return nnx.merge(graph, jax.tree.map(moved, params))
 
 
 def run(mixer: Mixer, x: jax.Array) -> jax.Array:
@@ -47,7 +49,18 @@ def run(mixer: Mixer, x: jax.Array) -> jax.Array:
 
 @pytest.fixture
 def x() -> jax.Array:
-    return jax.random.normal(jax.random.key(2), (2, 10, DIM))
+    return jnp.asarray(np.random.default_rng(2).normal(size=(2, 10, DIM)), jnp.float32)
+
+
+@pytest.mark.parametrize("kernel", ["exp", "taylor", "pow2"])
+def test_a_power_of_counts_gates_the_keys_of_every_row(kernel: Any, x: jax.Array):
+    mixer = build(
+        TwoMambaConfig(num_heads=2, kernel=kernel, denominator="count", key_gate="count_pow"),
+        DIM,
+        init=uniform_init(),
+        rngs=nnx.Rngs(0),
+    )
+    assert jax.eval_shape(lambda x: mixer(x).y, x).shape == x.shape
 
 
 LINEAR = {"kernel": "pow1", "feature": "relu", "denominator": "sum"}
