@@ -31,10 +31,10 @@ WITH_AUX, WITH_DROPOUT = partial(TinyModel, aux=True), partial(TinyModel, dropou
 
 
 @functools.cache
-def build(*, accumulate=1, make=TinyModel, loss=language_model_loss, lr=0.05):
+def build(*, accumulate=1, mesh="", make=TinyModel, loss=language_model_loss, lr=0.05):
     """A compiled-on-call update with its first state."""
     parts = take_apart(make)
-    mesh = build_mesh(ParallelConfig())
+    mesh = build_mesh(ParallelConfig(mesh=mesh))
     steps = Steps(parts, loss, mesh, accumulate=accumulate)
     optimizer = adamw(OptimConfig(), lambda _: lr, parts.layout.map_shapes(decays))
     init = StateInit(make, parts, optimizer, steps.aux_names(tiny_batch(ROWS)), mesh)
