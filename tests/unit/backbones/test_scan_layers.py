@@ -18,9 +18,9 @@ from jaxmem.mixers.swiglu import SwiGLU
 from jaxmem.training.layout import ModelParts, take_apart
 from tests.helpers.compare import FORWARD, Budget, assert_close
 
-TOKENS = jax.random.randint(jax.random.key(2), (3, 9), 0, 11)
+TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, 11, (3, 9)), jnp.int32)
 # Documents of 4 and 3 tokens, padding before and between them.
-PACKED = jnp.broadcast_to(jnp.array([0, 1, 1, 1, 0, 1, 2, 2, 2]), TOKENS.shape)
+PACKED = jnp.asarray(np.array([[0, 1, 1, 1, 0, 1, 2, 2, 2]] * 3), jnp.int32)
 SIZES: dict[str, Any] = {"vocab_size": 11, "context_len": 12, "dim": 16, "depth": 2}
 MODELS = {
     "mosaic": DecoderConfig(

@@ -362,16 +362,20 @@ def test_full_size_models_have_the_published_parameters():
     assert mosaics.full_step(mosaics.ROWS[0], MODELS).parameters == 130_666_080
 
 
-def test_both_leaky_averages_make_one_training_step_and_one_holds_a_matrix():
+@functools.cache
+def parts_of(config: DecoderConfig) -> ModelParts:
+    return take_apart(functools.partial(config.build, compute_dtype=jnp.float32))
+
+
+def test_both_leaky_averages_make_one_training_step_and_one_holds_a_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(mosaics, "take_apart", lambda make: parts_of(make.__self__.config))
     ends, texts, state = [], [], None
     for row in mosaics.ROWS[:2]:
         full = mosaics.small_step(row._replace(block=148, batch=2), MODELS)
-        step = mosaics.Step(
-            dataclasses.replace(full.config, vocab_size=16, dim=8, depth=1),
-            full.batch,
-            full.precision,
-            full.form,
-        )
+        config = dataclasses.replace(full.config, vocab_size=16, dim=8, depth=1)
+        step = mosaics.Step(config, full.batch, full.precision, full.form)
         state = state or jax.jit(step.make_state)()
         lowered = jax.jit(step).lower(state, step.tokens())
         texts.append(lowered.as_text())
@@ -390,11 +394,6 @@ def test_memory_counts_donated_arrays_once():
         temp_size_in_bytes=5,
     )
     assert mosaics.peak_bytes(memory) == 16
-
-
-@functools.cache
-def parts_of(config: DecoderConfig) -> ModelParts:
-    return take_apart(functools.partial(config.build, compute_dtype=jnp.float32))
 
 
 def once_for_all_lengths(make: Any) -> ModelParts:
