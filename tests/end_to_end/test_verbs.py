@@ -107,11 +107,13 @@ def test_train_evaluate_sample(text, tmp_path):
 
 
 def test_mixer_flag_saved_config_and_folder_of_another_run(text, tmp_path):
+    """A mixer of 2Mamba, so that these train and are sampled by the command line too."""
     run = tmp_path / "run"
     args = train_args("gpt_tiny", text, run, 4)
-    verb("train", *args, "--mixer", "mlp", "--run.samples", 0)
+    verb("train", *args, "--mixer", "two_mamba")
     saved = json.loads((run / "config.json").read_text())
-    assert saved["model"]["mixer"]["kind"] == "mlp"
+    assert saved["model"]["mixer"]["kind"] == "two_mamba"
+    assert (run / "samples.txt").read_text().count("--- sample") == 4
     out = verb("train", "--config", run / "config.json")
     assert "already finished at step 4" in out
     err = verb("train", *args, code=2)

@@ -23,13 +23,15 @@ from tests.helpers.compare import BFLOAT16, FORWARD, GRADIENT, assert_close
 
 DIM, BATCH, CHUNK = 32, 3, 4
 # Two documents with padding before, between, inside and after them, one short document, and a row
-# without padding. Two further tokens go on with each row's last document.
+# without padding.
 IDS = np.array([[0, 1, 1, 0, 1, 2, 2, 0, 2, 0, 0, 0], [1] * 3 + [0] * 9, [1] * 12])
-LENGTH, MORE = IDS.shape[1], 2
+LENGTH = IDS.shape[1]
 ONE = np.ones_like(IDS)
 """One document in each row."""
+TOLD = 8
+"""Tokens whose documents the chunked form is told; further ones go on with their row's last."""
 CONTINUED = IDS.copy()
-CONTINUED[:, -MORE:] = [[2], [1], [1]]
+CONTINUED[:, TOLD:] = [[2], [1], [1]]
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "contextual_memory-conv": (
@@ -140,10 +142,14 @@ class Case:
 
     @functools.cached_property
     def packed_chunks(self) -> Callable[..., Result]:
-        """Rows of documents chunk by chunk, on from a state."""
-        return self.program(
-            lambda m, x, ids: m(x, self.fresh(), segment_ids=ids, form="chunked")[:2]
-        )
+        """Rows of documents chunk by chunk, on from a state: two chunks, and one without ids."""
+
+        def run(mixer: Mixer, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+            told = mixer(x[:, :TOLD], self.fresh(), segment_ids=ids[:, :TOLD], form="chunked")
+            rest = mixer(x[:, TOLD:], told.state)
+            return jnp.concatenate([told.y, rest.y], axis=1), rest.state
+
+        return self.program(run)
 
     def parallel(self, x: Any, **more: Any) -> Result:
         """Whole rows."""
@@ -225,15 +231,14 @@ def test_forms_agree(case: Case):
     assert_close(chunked.grads, case.whole.grads, case.gradient)
 
     def forms(mixer: Mixer, x: jax.Array) -> Any:
-        """Run forms without documents."""
-        chunks = mixer(x, case.fresh(), form="chunked")[:2]
-        return mixer(x, implementation="xla").y, chunks, stepwise(mixer, x, None, case.fresh())
+        """Run forms without documents; the chunked one is that of rows that are split."""
+        return mixer(x, implementation="xla").y, *stepwise(mixer, x, None, case.fresh())
 
-    plain, *others = case.call(forms, case.x)
+    plain, steps, state = case.call(forms, case.x)
     assert_close(plain, case.whole.y, FORWARD)
-    for y, state in others:
-        assert_close(y, case.whole.y, FORWARD)
-        assert_close(state, chunked.state, FORWARD)
+    assert_close(steps, case.whole.y, FORWARD)
+    assert_close(state, chunked.state, FORWARD)
+    assert jax.eval_shape(lambda: state) == jax.eval_shape(case.fresh)
 
 
 @pytest.mark.law("forms")
@@ -247,14 +252,13 @@ def test_implementations_agree(case: Case):
 
 @pytest.mark.law("splitting")
 def test_splitting_is_invisible(case: Case):
-    """Each row has a state of its own and is split behind no, one and six tokens, under vmap."""
+    """Each row has a state of its own and is split behind no token and one, and by chunks."""
 
     def row(mixer: Mixer, x: jax.Array) -> tuple[jax.Array, Any]:
         none = mixer(x[None, :0], mixer.init_state(1, max_len=LENGTH))
         first = mixer(x[None, :1], none.state)
-        second = mixer(x[None, 1:6], first.state)
-        rest = mixer(x[None, 6:], second.state, form="chunked")  # a chunk and a half
-        y = jnp.concatenate([none.y, first.y, second.y, rest.y], axis=1)
+        rest = mixer(x[None, 1:], first.state, form="chunked")  # two chunks and three tokens
+        y = jnp.concatenate([none.y, first.y, rest.y], axis=1)
         return jax.tree.map(lambda a: a[0], (y, rest.state))
 
     y, state = case.call(lambda m, x: jax.vmap(lambda row_x: row(m, row_x))(x), case.x)
@@ -277,22 +281,15 @@ def test_the_future_changes_nothing(case: Case, form: str):
     assert float(np.max(np.abs(x_grad[:, cut - 1]))) > 0
 
 
-def go_on(mixer: Mixer, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-    """Read packed rows into a state, and more tokens without being told their document."""
-    first = mixer(x[:, :-MORE], mixer.init_state(BATCH, max_len=LENGTH), segment_ids=ids[:, :-MORE])
-    second = mixer(x[:, -MORE:], first.state)
-    return jnp.concatenate([first.y, second.y], axis=1), second.state
-
-
 @pytest.mark.law("packing")
-@pytest.mark.parametrize("mode", ["parallel", "chunked", "step", "state"])
+@pytest.mark.parametrize("mode", ["parallel", "chunked", "step"])
 def test_packed_documents_equal_documents_alone(case: Case, mode: str):
-    ids = CONTINUED if mode == "state" else IDS
+    """Tokens behind those of the chunked form go on without being told their document."""
+    ids = CONTINUED if mode == "chunked" else IDS
     run = {
         "parallel": lambda: case.packed,
         "chunked": lambda: case.packed_chunks,
         "step": lambda: case.program(lambda m, x, ids: stepwise(m, x, ids, case.fresh())),
-        "state": lambda: case.program(go_on),
     }[mode]
     found = run()(case.x, ids)
     y, grads = case.alone(ids)
@@ -306,6 +303,8 @@ def test_packed_documents_equal_documents_alone(case: Case, mode: str):
 def test_state_is_a_plain_pytree_of_constant_shape(case: Case):
     state = jax.eval_shape(case.fresh)
     assert all(leaf.shape[0] == BATCH for leaf in jax.tree.leaves(state))
+    after = case.chunked(case.x).state  # with documents and without, chunks and a whole call
+    assert jax.eval_shape(lambda: after) == state  # structure, shapes and dtypes
     ids = jnp.ones((BATCH, LENGTH), jnp.int32)
 
     def states(x: jax.Array, state: Any) -> list[Any]:
@@ -316,9 +315,8 @@ def test_state_is_a_plain_pytree_of_constant_shape(case: Case):
             case.mixer.step(x[:, 0], state).state,
         ]
 
-    for dtype in (jnp.float32, jnp.bfloat16):
-        for found in jax.eval_shape(states, jax.ShapeDtypeStruct(case.x.shape, dtype), state):
-            assert found == state  # structure, shapes and dtypes
+    half = jax.ShapeDtypeStruct(case.x.shape, jnp.bfloat16)
+    assert all(found == state for found in jax.eval_shape(states, half, state))
     counted = sum(leaf.nbytes for leaf in jax.tree.leaves(case.fresh()))
     assert case.mixer.state_bytes(BATCH, LENGTH) == counted
     assert jax.eval_shape(case.mixer, case.x).state is None

@@ -16,7 +16,11 @@ from tests.helpers.compare import FORWARD, assert_close
 DIM, HEADS, BATCH = 4, 2, 2
 # Two documents with padding before, inside, between and after them; the second one is short.
 IDS = np.array([[0, 3, 3, 0, 3, 3, 5, 0, 5, 0], [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]])
-X = np.asarray(jax.random.normal(jax.random.key(0), (*IDS.shape, DIM)))
+X = np.random.default_rng(0).normal(size=(*IDS.shape, DIM)).astype(np.float32)
+
+DELAYS = jax.jit(delays)
+LOOK_AHEAD = jax.jit(lambda module, x: module.look_ahead(x))
+COMPLETED = jax.jit(lambda module, x, history: module.completed(x, history))
 
 
 def loop_delays(history: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,8 +43,8 @@ def loop_delays(history: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("first", [(3, 3), (5, 3), (0, 0)], ids=["same", "other", "none"])
 def test_delays_of_packed_rows(count: int, first: tuple[int, int]):
-    history = np.asarray(jax.random.normal(jax.random.key(1), (BATCH, count, DIM)))
-    delayed, after = delays(*map(jnp.asarray, (X, history, IDS, first)))
+    history = np.random.default_rng(1).normal(size=(BATCH, count, DIM)).astype(np.float32)
+    delayed, after = DELAYS(X, history, np.int32(IDS), np.int32(first))
     expected, expected_after = loop_delays(history, np.asarray(first))
     assert len(delayed) == count + 1
     real = IDS != 0
@@ -52,20 +56,20 @@ def test_delays_of_packed_rows(count: int, first: tuple[int, int]):
 
 @pytest.mark.parametrize("cut", [1, 2, 7])
 def test_delays_of_one_document_may_be_cut(cut: int):
-    nothing = jnp.zeros((BATCH, 3, DIM))
-    whole, end = delays(jnp.asarray(X), nothing, None, None)
-    ids = jnp.ones(IDS.shape, jnp.int32)
+    nothing, one = np.zeros((BATCH, 3, DIM), np.float32), np.ones(BATCH, np.int32)
+    whole, end = DELAYS(X, nothing, None, None)
+    ids = np.ones(IDS.shape, np.int32)
     for first_ids, second_ids in ((None, None), (ids[:, :cut], ids[:, cut:])):
-        first, history = delays(jnp.asarray(X[:, :cut]), nothing, first_ids, jnp.ones(2, jnp.int32))
-        second, after = delays(jnp.asarray(X[:, cut:]), history, second_ids, jnp.ones(2, jnp.int32))
-        joined = [jnp.concatenate(parts, axis=1) for parts in zip(first, second, strict=True)]
+        first, history = DELAYS(X[:, :cut], nothing, first_ids, one)
+        second, after = DELAYS(X[:, cut:], history, second_ids, one)
+        joined = [np.concatenate(parts, axis=1) for parts in zip(first, second, strict=True)]
         np.testing.assert_array_equal(joined, whole)
         np.testing.assert_array_equal(after, end)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_ahead_counts_real_tokens(steps: int):
-    got = ahead(jnp.asarray(X), steps, jnp.asarray(IDS != 0))
+    got = np.asarray(jax.jit(ahead, static_argnums=1)(X, steps, IDS != 0))
     for row, ids in enumerate(IDS):
         places = np.flatnonzero(ids)
         for t in range(len(ids)):
@@ -85,7 +89,7 @@ def extractor(kind: str, kernel_size: int, shift: int) -> FeatureExtractor:
         init=fan_in_init(1),
         rngs=nnx.Rngs(0),
     )
-    module.projection.bias[...] = jnp.arange(DIM) / 10.0
+    module.projection.bias[...] = jnp.asarray(np.arange(DIM) / 10.0, jnp.float32)
     return module
 
 
@@ -114,23 +118,22 @@ IDS_OF_KINDS = [f"{kind}{size}s{shift}" for kind, size, shift in KINDS]
 @pytest.mark.parametrize(("kind", "size", "shift"), KINDS, ids=IDS_OF_KINDS)
 def test_features_are_their_equation(kind: str, size: int, shift: int):
     module = extractor(kind, size, shift)
-    features = module.look_ahead(jnp.asarray(X))
+    features = LOOK_AHEAD(module, X)
     assert features.shape == (*IDS.shape, HEADS, DIM // HEADS)
     expected = [[loop_features(module, kind, x, t) for t in range(len(x))] for x in X]
-    assert_close(features.reshape(X.shape), np.asarray(expected), FORWARD)
+    assert_close(np.reshape(features, X.shape), np.asarray(expected), FORWARD)
 
 
 @pytest.mark.parametrize(("kind", "size", "shift"), KINDS, ids=IDS_OF_KINDS)
 def test_completed_features_are_the_same_later(kind: str, size: int, shift: int):
     module = extractor(kind, size, shift)
-    x = jnp.asarray(X)
-    nothing = module.init_history(BATCH, x.dtype)
+    nothing = module.init_history(BATCH, X.dtype)
     assert nothing.shape == (BATCH, module.span, DIM)
-    first, history = module.completed(x[:, :3], nothing)
-    second, _ = module.completed(x[:, 3:], history)
-    done = jnp.concatenate([first, second], axis=1)
-    length = x.shape[1]
-    assert_close(done[:, shift:], module.look_ahead(x)[:, : length - shift], FORWARD)
+    cut = X.shape[1] // 2
+    first, history = COMPLETED(module, X[:, :cut], nothing)
+    second, _ = COMPLETED(module, X[:, cut:], history)
+    done, whole = np.concatenate([first, second], axis=1), np.asarray(LOOK_AHEAD(module, X))
+    assert_close(done[:, shift:], whole[:, : X.shape[1] - shift], FORWARD)
 
 
 def test_a_kernel_of_one_token_is_a_projection():
@@ -150,14 +153,18 @@ def test_vectors_of_length_zero_are_safe():
     key.decay[...] = jnp.zeros(HEADS)
     for module, run in ((value, lambda m, x: m(x)), (key, lambda m, x: m(x, None)[0])):
         graph, params = nnx.split(module, nnx.Param)
-        for x in (jnp.asarray(X), jnp.zeros(X.shape)):
 
-            def total(params, x, graph=graph, run=run):
-                return jnp.sum(jnp.cos(jnp.arange(2.0)) * run(nnx.merge(graph, params), x))
+        def total(params, x, graph=graph, run=run):
+            features = run(nnx.merge(graph, params), x)
+            return jnp.sum(jnp.cos(jnp.arange(2.0)) * features), features
 
-            for leaf in jax.tree.leaves(jax.value_and_grad(total, argnums=(0, 1))(params, x)):
-                assert bool(jnp.all(jnp.isfinite(leaf)))
-    np.testing.assert_array_equal(value(jnp.asarray(X))[:, -1], 0.0)
+        program = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+        for x in (np.zeros_like(X), X):
+            (_, features), grads = program(params, x)
+            for leaf in jax.tree.leaves((features, grads)):
+                assert np.all(np.isfinite(leaf))
+        if module is value:
+            np.testing.assert_array_equal(features[:, -1], 0.0)
 
 
 @pytest.mark.parametrize(
